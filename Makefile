@@ -1,0 +1,60 @@
+# `make` lists what there is to do. Everything runs in .venv, made on first use; a changed pyproject.toml updates it.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PEERS  := .venv-llmcompressor
+CORE   := $(VENV)/.installed-core
+DEV    := $(VENV)/.installed-dev
+
+# BENCH_PEERS=1 adds llm-compressor and ModelOpt to the benchmark.
+BENCH_PEERS ?= 0
+BENCH_GB    ?= 2
+
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types pytest bench format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(CORE)  ## quantize a small model, check it and bring it back
+	$(BIN)/mso-hub demo
+
+test: lint types pytest  ## everything a change must pass
+
+lint: $(DEV)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV)  ## mypy, strict
+	$(BIN)/mypy
+
+pytest: $(DEV)  ## the test suite alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: $(CORE) $(if $(filter 1,$(BENCH_PEERS)),$(DEV) $(PEERS)/.installed)  ## start-up and speed; BENCH_PEERS=1 installs llm-compressor (in .venv-llmcompressor) and ModelOpt and measures them too
+	$(BIN)/python -m tests.benchmarks.bench_startup
+	$(BIN)/python -m tests.benchmarks.bench_convert --size-gb $(BENCH_GB) $(if $(filter 1,$(BENCH_PEERS)),--modelopt)
+
+format: $(DEV)  ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove environments, caches and what the demo and the benchmarks wrote
+	rm -rf $(VENV) $(PEERS) build dist demo-output bench-work
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find mso_hub tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(CORE): pyproject.toml tools/install.sh
+	tools/install.sh $(VENV) -e .
+	@touch $@
+
+$(DEV): pyproject.toml tools/install.sh
+	tools/install.sh $(VENV) -e '.[dev]'
+	@touch $@ $(CORE)
+
+$(PEERS)/.installed: tools/install.sh
+	tools/install.sh $(PEERS) llmcompressor==0.14.0.1
+	@touch $@

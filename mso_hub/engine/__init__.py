@@ -1,0 +1,8 @@
+"""Runs the steps of a plan and hands out finished pieces in order. One engine so far: threads on this machine."""
+
+from __future__ import annotations
+
+from mso_hub.engine.assemble import write_pieces
+from mso_hub.engine.threads import ThreadEngine
+
+__all__ = ["ThreadEngine", "write_pieces"]

@@ -1,0 +1,244 @@
+"""Threads over row blocks: reading, arithmetic and writing overlap, memory stays under a budget.
+
+    look ahead:  load the blocks of the next units and take their amax      (bounded by `memory`)
+    encode:      blocks of the units whose amax is known                    (a few per thread in flight)
+    hand out:    finished pieces in plan order
+
+The kernels, reads and writes release the GIL. Blocks are cut by size alone and every block is computed on its own,
+so the number of threads never shows in the bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import TypeVar
+
+import numpy as np
+
+from mso_hub.checkpoint import TensorInfo
+from mso_hub.errors import NonFiniteError
+from mso_hub.formats.weight import Array, Reader, Weight
+from mso_hub.plan import Plan, ShardPlan, Step
+
+BLOCK = 8 << 20
+"""Stored bytes per row block: large enough for the kernels, small against the budget."""
+
+MEMORY = 448 << 20
+"""Default budget in bytes; half of it just holds gate_proj and up_proj of an 8B model."""
+
+_NOTHING: Array = np.empty(0)
+
+Block = tuple[int, int]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes of one output tensor, to be appended to what came before; `done` marks the step's last piece."""
+
+    shard: ShardPlan
+    step: Step
+    info: TensorInfo
+    data: Array
+    done: bool = False
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A step's blocks in memory, or (values None) only the promise to read them again."""
+
+    step: Step
+    blocks: Sequence[Block]
+    amax: float
+    values: list[tuple[Array, str]] | None
+
+
+def default_workers() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class ThreadEngine:
+    """Runs shard plans on this machine's processors.
+
+    workers  threads
+    memory   bytes of source data held at once; a unit above half of it is read twice instead of kept
+    """
+
+    def __init__(self, workers: int | None = None, memory: int = MEMORY) -> None:
+        self.workers = workers or default_workers()
+        self.memory = memory
+
+    def run(
+        self, plan: Plan, shards: Iterable[ShardPlan], read: Reader, notes: MutableMapping[str, float]
+    ) -> Iterator[Piece]:
+        """All pieces of the shards, shard by shard, each output tensor front to back.
+
+        read   Source.read
+        notes  amax of units whose members lie in several shards, kept for the other shards and for a resumed run
+        Raises NonFiniteError for NaN or Inf in a weight that is encoded.
+        """
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="mso") as pool:
+            run = _Run(plan, read, notes, pool, self.workers, self.memory)
+            try:
+                yield from run.pieces(shards)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+class _Run:
+    def __init__(
+        self, plan: Plan, read: Reader, notes: MutableMapping[str, float], pool: ThreadPoolExecutor,
+        workers: int, memory: int,
+    ) -> None:  # fmt: skip
+        self._plan, self._read, self._notes, self._pool, self._memory = plan, read, notes, pool, memory
+        self._width = 2 * workers + 1
+
+    def pieces(self, shards: Iterable[ShardPlan]) -> Iterator[Piece]:
+        """Encoded pieces in order; a few blocks stay queued so that no thread waits for the consumer."""
+        pending: deque[tuple[ShardPlan, Step, bool, float, Future[tuple[Array, ...]]]] = deque()
+        for shard, loaded in self._ahead(shards):
+            for at, block in enumerate(loaded.blocks):
+                values = loaded.values[at] if loaded.values is not None else None
+                if loaded.values is not None:
+                    loaded.values[at] = (_NOTHING, "")  # the task owns the block now: memory goes when it is done
+                future = self._pool.submit(self._finish, loaded.step, block, values, loaded.amax)
+                last = at + 1 == len(loaded.blocks)
+                pending.append((shard, loaded.step, last, loaded.amax, future))
+                while len(pending) > self._width or (pending and pending[0][4].done()):
+                    yield from self._hand_out(*pending.popleft())
+        while pending:
+            yield from self._hand_out(*pending.popleft())
+
+    def _hand_out(
+        self, shard: ShardPlan, step: Step, last: bool, amax: float, future: Future[tuple[Array, ...]]
+    ) -> Iterator[Piece]:
+        arrays = future.result()
+        form = self._plan.format
+        scalars = form.scalars(amax, step.input_scale) if last and step.unit and form else ()
+        row_wise = len(arrays)
+        for at, data in enumerate((*arrays, *scalars)):
+            if at < row_wise or last:
+                final = last and at + 1 == row_wise + len(scalars)
+                yield Piece(shard, step, step.outputs[at], data, final)
+
+    def _finish(self, step: Step, block: Block, held: tuple[Array, str] | None, amax: float) -> tuple[Array, ...]:
+        """One block from stored bytes (or held numbers) to output rows."""
+        weight = step.weight
+        if step.unit is not None and self._plan.format is not None:
+            values, dtype = held or weight.values(weight.load(self._read, *block), *block)
+            return self._plan.format.encode(values, dtype, amax)
+        loaded = weight.load(self._read, *block)
+        if weight.decoder is not None:
+            return (weight.decoder.decode(loaded, *block, weight.dtype),)
+        return (loaded["weight"],)
+
+    def _ahead(self, shards: Iterable[ShardPlan]) -> Iterator[tuple[ShardPlan, _Loaded]]:
+        """Steps in order, those to encode with their unit's amax and, where they fit, their numbers.
+
+        Loads of the units that follow are under way while the caller works on this one.
+        """
+        queue: deque[tuple[ShardPlan, list[Step], list[list[Future[tuple[Array, str, float]]]] | None]] = deque()
+        held = 0
+        runs = [
+            (shard, list(steps)) for shard in shards
+            for _, steps in groupby(shard.steps, key=lambda s: s.unit or s.weight.name)
+        ]  # fmt: skip
+        at = 0
+        while at < len(runs) or queue:
+            while at < len(runs):
+                shard, steps = runs[at]
+                size = sum(s.weight.nbytes for s in steps)
+                keep = steps[0].unit is not None and size <= self._memory // 2
+                if queue and (len(queue) > self._width or (keep and held + size > self._memory // 2)):
+                    break
+                queue.append((shard, steps, self._start(steps) if keep else None))
+                held += size if keep else 0
+                at += 1
+            shard, steps, futures = queue.popleft()
+            if futures is not None:
+                held -= sum(s.weight.nbytes for s in steps)
+            ready = self._collect(steps, futures)
+            del futures  # they hold the blocks, which must go one by one as they are encoded
+            yield from ((shard, loaded) for loaded in ready)
+
+    def _start(self, steps: Sequence[Step]) -> list[list[Future[tuple[Array, str, float]]]]:
+        submit = self._pool.submit
+        return [[submit(self._load, s.weight, block) for block in s.weight.blocks(BLOCK)] for s in steps]
+
+    def _load(self, weight: Weight, block: Block) -> tuple[Array, str, float]:
+        from mso_hub.formats.numerics import floats  # noqa: PLC0415 - numba loads on first use
+
+        values, dtype = weight.values(weight.load(self._read, *block), *block)
+        return values, dtype, floats.amax(values, dtype)
+
+    def _collect(
+        self, steps: Sequence[Step], futures: list[list[Future[tuple[Array, str, float]]]] | None
+    ) -> list[_Loaded]:
+        """Wait for a unit's loads and settle its amax."""
+        unit = steps[0].unit
+        if unit is None:
+            return [_Loaded(s, s.weight.blocks(BLOCK), 0.0, None) for s in steps]
+        own: dict[str, float] = {}
+        values: list[list[tuple[Array, str]] | None] = []
+        for at, step in enumerate(steps):
+            if futures is None:
+                own[step.weight.name] = self._amax(step.weight)
+                values.append(None)
+                continue
+            results = [load.result() for load in futures[at]]
+            own[step.weight.name] = amax = max(result[2] for result in results)
+            values.append([result[:2] for result in results])
+            if not amax < float("inf"):
+                self._refuse(step.weight)
+        amax = self._unit_amax(unit, own)
+        return [_Loaded(s, s.weight.blocks(BLOCK), amax, v) for s, v in zip(steps, values, strict=True)]
+
+    def _unit_amax(self, unit: str, own: MutableMapping[str, float]) -> float:
+        """Largest amax of a unit; members in other shards are read once and the result is noted."""
+        members = self._plan.units[unit]
+        foreign = [weight for weight in members if weight.name not in own]
+        if not foreign:
+            return max(own.values())
+        if unit not in self._notes:
+            self._notes[unit] = max(*own.values(), *map(self._amax, foreign))
+        return self._notes[unit]
+
+    def _amax(self, weight: Weight) -> float:
+        """Amax of a weight that is not kept, block by block."""
+        load = partial(self._load, weight)
+        amax = max(result[2] for result in self._windowed(load, weight.blocks(BLOCK)))
+        if not amax < float("inf"):
+            self._refuse(weight)
+        return amax
+
+    def _windowed(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        pending: deque[Future[Result]] = deque()
+        for item in items:
+            pending.append(self._pool.submit(work, item))
+            if len(pending) > self._width:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _refuse(self, weight: Weight) -> None:
+        """Find the first NaN or Inf and name it."""
+        from mso_hub.formats.numerics import floats  # noqa: PLC0415 - numba loads on first use
+
+        for start, stop in weight.blocks(BLOCK):
+            values, dtype = weight.values(weight.load(self._read, start, stop), start, stop)
+            at = floats.first_nonfinite(values, dtype)
+            if at is not None:
+                row, column = start + at // weight.shape[1], at % weight.shape[1]
+                found = floats.widen(values.reshape(-1)[at : at + 1], dtype)[0]
+                raise NonFiniteError(
+                    f"{weight.name}: weights must be finite to be quantized, found {found} at row {row}, column "
+                    f"{column}; repair the checkpoint or add the tensor to `ignore`"
+                )

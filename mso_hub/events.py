@@ -1,0 +1,60 @@
+"""What happened, for whoever listens. The library never prints: the CLI and notebooks render these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReady(Event):
+    """The plan stands; `read_bytes` will be read for `write_bytes` of output in `shards` shards."""
+
+    read_bytes: int
+    write_bytes: int
+    shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResumed(Event):
+    """A shard of an earlier run matches its journal entry and is kept; `nbytes` is its source share."""
+
+    shard: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDone(Event):
+    """One source tensor went through; `nbytes` is its size in the source."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDone(Event):
+    """A shard lies complete and synced under its temporary name."""
+
+    shard: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Published(Event):
+    """The whole checkpoint became visible in one step."""
+
+    where: str
+    nbytes: int
+
+
+Listener = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Listener for callers who do not want to know."""

@@ -1,0 +1,83 @@
+"""compressed-tensors: names of packed tensors and `quantization_config`, in both directions.
+
+Layouts (Linear [N, K]):
+    nvfp4-pack-quantized  weight_packed U8 [N, K/2], weight_scale F8_E4M3 [N, K/16],
+                          weight_global_scale F32 [1], a divisor: w = e2m1 * weight_scale / weight_global_scale;
+                          W4A4 adds input_global_scale F32 [1], a divisor too
+    pack-quantized        weight_packed I32 [N, ceil(K*b/32)], weight_scale [N, K/g], weight_shape [2],
+                          asymmetric adds weight_zero_point I32 [ceil(N*b/32), K/g], activation order weight_g_idx I32 [K]
+Source: compressed-tensors 0.19, compressors/ and quantization/quant_args.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mso_hub.errors import CheckpointError
+
+VERSION = "0.19.0"
+"""Release whose JSON this writes; vLLM parses it as far back as 0.17."""
+
+NVFP4_SUFFIXES = {
+    "codes": "weight_packed", "scale": "weight_scale",
+    "global": "weight_global_scale", "input": "input_global_scale",
+}  # fmt: skip
+
+
+def _args(**fields: Any) -> dict[str, Any]:
+    """QuantizationArgs as JSON, every field spelled out, as the library writes it."""
+    defaults: dict[str, Any] = {
+        "num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "strategy": None,
+        "block_structure": None, "dynamic": False, "actorder": None, "scale_dtype": None, "zp_dtype": None,
+        "observer": None, "observer_kwargs": {},
+    }  # fmt: skip
+    return defaults | fields
+
+
+def nvfp4_config(ignore: Iterable[str], *, activations: bool) -> dict[str, Any]:
+    """`quantization_config` of an NVFP4 checkpoint: weight-only, or W4A4 with `activations`."""
+    fp4 = {"num_bits": 4, "group_size": 16, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+    inputs = _args(**fp4, dynamic="local", observer="static_minmax") if activations else None
+    layout = "nvfp4-pack-quantized"
+    return {
+        "quant_method": "compressed-tensors",
+        "version": VERSION,
+        "quantization_status": "compressed",
+        "format": layout,
+        "global_compression_ratio": None,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "transform_config": {},
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": layout,
+                "weights": _args(**fp4),
+                "input_activations": inputs,
+                "output_activations": None,
+            }
+        },
+    }
+
+
+def weight_args(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """`weights` of the config group that covers a module: a group that names it, else one that names a class."""
+    groups = config.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    by_class: Mapping[str, Any] | None = None
+    for group in groups:
+        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+            continue
+        for target in group.get("targets") or ():
+            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+                return group["weights"]  # type: ignore[no-any-return]  # isinstance above
+            if "." not in target and not target.startswith("re:"):
+                by_class = by_class or group["weights"]
+    if by_class is None:
+        raise CheckpointError(
+            f"{module}: stored packed, but no config group of quantization_config covers it "
+            f"(groups: {len(groups)}); restore the config.json that belongs to these weights"
+        )
+    return by_class

@@ -1,0 +1,125 @@
+"""INT2 to INT8 weights of compressed-tensors' pack-quantized format, decode only.
+
+    w = (code - zero_point) * scale[row, group]         code = stored bits - 2**(bits-1), offset binary
+
+The group of column k is k // group_size, or weight_g_idx[k] where activation order was used; channel-wise weights
+have one group. Kimi-K2 stores its experts this way (4 bits, groups of 32, symmetric).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mso_hub.checkpoint import TensorInfo
+from mso_hub.errors import CheckpointError, PlanError
+from mso_hub.formats.weight import FLOAT_DTYPES, Array
+
+ReadShape = Callable[[TensorInfo], tuple[int, int]]
+"""Reads a weight_shape tensor: two integers."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt:
+    """How one weight is packed.
+
+    bits, columns  width of a code; logical K
+    dense          codes straddle words (3, 5, 6, 7 bits since compressed-tensors 0.16) or leave their top bits empty
+    scale_dtype    dtype of weight_scale
+    """
+
+    bits: int
+    columns: int
+    dense: bool
+    scale_dtype: str
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        return f"pack-quantized INT{self.bits}"
+
+    @property
+    def row_step(self) -> int:
+        """32 rows of zero points fill whole words at any width, dense or not at 2, 4 and 8 bits."""
+        return 32 if self.dense or 32 % self.bits == 0 else 32 // self.bits
+
+    def part_rows(self, role: str, start: int, stop: int) -> tuple[int, int] | None:
+        """Zero points are packed along rows; g_idx and weight_shape are needed whole."""
+        if role in ("g_idx", "shape"):
+            return None
+        if role != "zero_point":
+            return start, stop
+        if self.dense:
+            return start * self.bits // 32, math.ceil(stop * self.bits / 32)
+        per_word = 32 // self.bits
+        return start // per_word, math.ceil(stop / per_word)
+
+    def decode(self, parts: Mapping[str, Array], start: int, stop: int, dtype: str) -> Array:
+        """Rows in `dtype`, (code - zero_point) * scale in fp32, rounded once."""
+        from mso_hub.formats.numerics import floats, integer  # noqa: PLC0415 - numba loads on first use
+
+        if "shape" in parts and int(parts["shape"].reshape(-1)[1]) != self.columns:
+            raise CheckpointError(
+                f"weight_shape says {parts['shape'].tolist()}, the packed tensor holds {self.columns} columns; "
+                "the companions belong to another weight"
+            )
+        zero_point = None
+        if "zero_point" in parts:
+            zero_point = integer.unpack_zero_point(parts["zero_point"], self.bits, stop - start, dense=self.dense)
+        scale = floats.widen(parts["scale"], self.scale_dtype)
+        return integer.decode(
+            parts["packed"], scale, zero_point, parts.get("g_idx"),
+            bits=self.bits, group_size=-(-self.columns // scale.shape[1]), cols=self.columns,
+            dense=self.dense, dtype=dtype,
+        )  # fmt: skip
+
+
+def _columns(module: str, parts: Mapping[str, TensorInfo], bits: int, group: int, read_shape: ReadShape) -> int:
+    """Logical K, from shapes where they decide it, else from the weight_shape tensor."""
+    words, groups = parts["packed"].shape[1], parts["scale"].shape[1]
+    if group > 0 and groups > 1:
+        columns = groups * group
+        if words in (math.ceil(columns * bits / 32), math.ceil(columns / (32 // bits))):
+            return columns
+    if "shape" in parts:
+        rows, columns = read_shape(parts["shape"])
+        if rows == parts["packed"].shape[0] and columns > 0:
+            return columns
+        raise CheckpointError(f"{module}.weight_shape says {[rows, columns]}, {parts['packed'].shape[0]} rows are stored")
+    raise CheckpointError(
+        f"{module}: {words} packed words and {groups} groups do not say how many columns there are, and "
+        "weight_shape is missing; the checkpoint is incomplete"
+    )
+
+
+def packed_int(
+    module: str, parts: Mapping[str, TensorInfo], args: Mapping[str, Any], read_shape: ReadShape
+) -> tuple[PackedInt, tuple[int, int]]:
+    """Decoder and logical shape of one packed weight, everything checked against its stored shapes.
+
+    args  `weights` of the config group that covers the module
+    """
+    bits, group = args.get("num_bits"), args.get("group_size") or 0
+    packed, scale = parts["packed"], parts["scale"]
+    if args.get("type") != "int" or not isinstance(bits, int) or not 2 <= bits <= 8 or packed.dtype != "I32":
+        raise PlanError(
+            f"{module}: pack-quantized needs int codes of 2 to 8 bits in I32, got "
+            f"{args.get('type')} {bits} bits in {packed.dtype}; there is no decoder for that"
+        )
+    if len(packed.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != packed.shape[0]:
+        raise CheckpointError(
+            f"{module}: weight_packed {list(packed.shape)} and weight_scale {list(scale.shape)} must be matrices "
+            "with the same number of rows; the checkpoint is damaged"
+        )
+    if scale.dtype not in FLOAT_DTYPES:
+        raise PlanError(f"{module}.weight_scale: must be one of {', '.join(FLOAT_DTYPES)}, got {scale.dtype}")
+    columns = _columns(module, parts, bits, group, read_shape)
+    words = packed.shape[1]
+    dense = words == math.ceil(columns * bits / 32)
+    if not dense and words != math.ceil(columns / (32 // bits)):
+        raise CheckpointError(f"{module}: {columns} columns of {bits} bits do not fill {words} words of 32 bits")
+    if "zero_point" not in parts and args.get("symmetric") is False:
+        raise CheckpointError(f"{module}: the config says asymmetric, weight_zero_point is missing")
+    return PackedInt(bits, columns, dense, scale.dtype), (packed.shape[0], columns)

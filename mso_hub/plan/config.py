@@ -1,0 +1,66 @@
+"""The JSON of the output: config.json patched as JSON, index, ignore list, and which files come along."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+
+from mso_hub.errors import PlanError
+from mso_hub.formats.weight import Weight
+from mso_hub.plan.fusion import units
+from mso_hub.plan.select import EXPERT, is_linear
+
+QUANTIZATION_FILES = frozenset(
+    "hf_quant_config.json quant_config.json quantization_config.json quantize_config.json "
+    "recipe.yaml recipe.yml mso_hub.json".split()
+)
+"""Describe how the source was quantized: false for the output."""
+OTHER_WEIGHTS = re.compile(
+    r"(^|/)(pytorch_model|consolidated|model|tf_model|flax_model|rust_model|adapter_model)\S*"
+    r"\.(bin|pth?|h5|msgpack|ot|ckpt)(\.index\.json)?$|\.(gguf|onnx|onnx_data|tflite|mlmodel)$"
+)
+"""The same weights in other containers: they would contradict the output."""
+PROCESSOR_FILES = re.compile(r"(^|/)(\w*processor_config|image_processor\w*|video_processor\w*)\.json$")
+
+
+def carried_files(files: Mapping[str, int], *, text_only: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Files of the source -> (those that come along unchanged, those that stay behind)."""
+    carried, behind = [], []
+    for name in files:
+        if name == "config.json":
+            continue
+        stale = PurePosixPath(name).name in QUANTIZATION_FILES or OTHER_WEIGHTS.search(name)
+        (behind if stale or (text_only and PROCESSOR_FILES.search(name)) else carried).append(name)
+    return tuple(carried), tuple(behind)
+
+
+def ignore_list(kept: Mapping[str, tuple[Weight, str]], chosen: Iterable[str]) -> list[str]:
+    """Exact names of every linear module that stays, plus the names under which engines ask for them.
+
+    Those are the fused module when all its members stay, the experts' container, and `lm_head` even where it is
+    tied to the embedding and not stored.
+    """
+    names = {module for module, (weight, _) in kept.items() if is_linear(weight)}
+    aliases = set(units(sorted(names)))
+    for module in names:
+        if match := EXPERT.match(module):
+            aliases.add(match["bank"])
+        elif ".experts." in module:
+            aliases.add(module.rpartition(".")[0])
+    if not any(module.endswith("lm_head") for module in chosen):
+        names.add("lm_head")
+    return sorted(names | aliases)
+
+
+def check_substrings(ignore: Iterable[str], chosen: Iterable[str]) -> None:
+    """ModelOpt ignore lists are matched as substrings by vLLM: refuse one that would cover a quantized module."""
+    chosen = list(chosen)
+    everything = "\n".join([*chosen, *units(chosen)])
+    for name in ignore:
+        if name in everything:
+            hit = next(m for m in everything.split("\n") if name in m)
+            raise PlanError(
+                f"{name}: stays unquantized, but vLLM's ModelOpt loader would match it as a part of {hit!r}, which "
+                "is quantized; use the compressed-tensors layout"
+            )

@@ -1,0 +1,79 @@
+"""An output held in memory: the second real backend, for tests and notebooks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from mso_hub.errors import ResumeError, SinkError
+from mso_hub.formats.weight import Array
+from mso_hub.sink.journal import Entry
+
+
+class _Buffer:
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def write(self, data: bytes | Array) -> None:
+        """Append bytes."""
+        self.data += data if isinstance(data, bytes) else data.tobytes()
+
+
+class MemorySink:
+    """Files as bytes; `files` is empty until commit. The same object can be used again to resume."""
+
+    def __init__(self, name: str = "memory") -> None:
+        self._name = name
+        self._job = ""
+        self._staged: dict[str, bytes] = {}
+        self._notes: dict[str, float] = {}
+        self.files: dict[str, bytes] = {}
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self._name
+
+    @property
+    def path(self) -> Path | None:
+        """Always None."""
+        return None
+
+    @property
+    def notes(self) -> Mapping[str, float]:
+        """Numbers of an earlier run of this job."""
+        return self._notes
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Complete files."""
+        return {f: Entry(len(d), hashlib.sha256(d).hexdigest()) for f, d in self._staged.items()}
+
+    def begin(self, job: str, sizes: Mapping[str, int]) -> None:
+        """Refuse another job than the one that is here."""
+        if self._job not in ("", job):
+            raise ResumeError(f"{self._name}: holds the job {self._job[:12]}, asked for {job[:12]}; use a new one")
+        self._job = job
+        self._staged = {f: d for f, d in self._staged.items() if sizes.get(f) == len(d)}
+
+    @contextmanager
+    def open(self, file: str, nbytes: int) -> Iterator[_Buffer]:
+        """A file of known size."""
+        buffer = _Buffer()
+        yield buffer
+        if len(buffer.data) != nbytes:
+            raise SinkError(f"{self._name}/{file}: announced {nbytes:,} bytes, got {len(buffer.data):,}")
+        self._staged[file] = bytes(buffer.data)
+
+    def note(self, key: str, value: float) -> None:
+        """Remember a number."""
+        self._notes[key] = value
+
+    def commit(self, manifest: bytes) -> None:
+        """Show all files."""
+        self.files = {**self._staged, "mso_hub.json": manifest}
+
+    def close(self) -> None:
+        """Nothing to let go of."""

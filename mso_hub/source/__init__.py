@@ -1,0 +1,46 @@
+"""Input repo -> headers and tensor bytes. `open_source` picks the backend, `read_checkpoint` reads all headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mso_hub.errors import CheckpointError
+from mso_hub.source.local import LocalSource
+from mso_hub.source.memory import MemorySource
+from mso_hub.source.scan import read_checkpoint
+
+__all__ = ["LocalSource", "MemorySource", "Source", "open_source", "read_checkpoint"]
+
+
+class Source(Protocol):
+    """A repo that can be read by byte ranges."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def path(self) -> Path | None:
+        """Folder on this machine, None for other backends."""
+
+    def files(self) -> dict[str, int]:
+        """Repo path -> bytes, for every file."""
+
+    def read(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
+        """Bytes [begin, end) of a file as a writable array of its own; CheckpointError when the file is shorter."""
+
+    def stamp(self, file: str) -> str:
+        """Changes when the file's content changes: a commit hash, an object id, or size and time of change."""
+
+
+def open_source(where: str | Path) -> Source:
+    """A folder that holds a checkpoint -> Source; CheckpointError when it is not there."""
+    path = Path(where)
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
+        raise CheckpointError(f"{where}: the input must be a folder with safetensors files, found {found} there")
+    return LocalSource(path)

@@ -1,0 +1,70 @@
+"""A folder as a source: ranges by `pread`, nothing mapped, so that memory stays countable."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mso_hub.errors import CheckpointError
+
+SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
+
+
+class LocalSource:
+    """Files below one folder. Safe to read from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def name(self) -> str:
+        """The folder as the user gave it."""
+        return str(self._folder)
+
+    @property
+    def path(self) -> Path | None:
+        """The folder."""
+        return self._folder
+
+    def files(self) -> dict[str, int]:
+        """Every regular file below the folder (links followed), without version control and caches."""
+        found: dict[str, int] = {}
+        for root, folders, names in os.walk(self._folder, followlinks=False):
+            folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
+            for name in sorted(names):
+                path = Path(root, name)
+                if path.is_file():
+                    found[path.relative_to(self._folder).as_posix()] = path.stat().st_size
+                elif path.is_symlink():
+                    raise CheckpointError(f"{path}: the link points at {os.readlink(path)!r}, which does not exist")
+        return found
+
+    def stamp(self, file: str) -> str:
+        """Size and time of change."""
+        status = (self._folder / file).stat()
+        return f"{status.st_size}:{status.st_mtime_ns}"
+
+    def read(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
+        """Bytes [begin, end) of `file`."""
+        out = np.empty(end - begin, np.uint8)
+        view = out.data
+        done = 0
+        try:
+            descriptor = os.open(self._folder / file, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self._folder / file}: cannot be read: {error.strerror}") from error
+        try:
+            while done < len(view):
+                got = os.preadv(descriptor, [view[done:]], begin + done)
+                if got == 0:
+                    raise CheckpointError(
+                        f"{self._folder / file}: wanted bytes [{begin:,}, {end:,}), the file ends at "
+                        f"{begin + done:,}; it changed while it was read: start again"
+                    )
+                done += got
+        finally:
+            os.close(descriptor)
+        return out

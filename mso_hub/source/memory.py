@@ -1,0 +1,47 @@
+"""A repo held in memory: the second real backend, for tests and notebooks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mso_hub.errors import CheckpointError
+
+
+class MemorySource:
+    """Files as bytes. `reads` records every range asked for, so that a test can count passes over a tensor."""
+
+    def __init__(self, files: Mapping[str, bytes], name: str = "memory") -> None:
+        self._files = dict(files)
+        self._name = name
+        self.reads: list[tuple[str, int, int]] = []
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self._name
+
+    @property
+    def path(self) -> Path | None:
+        """Always None: nothing lies in a folder."""
+        return None
+
+    def files(self) -> dict[str, int]:
+        """Repo path -> bytes."""
+        return {name: len(data) for name, data in sorted(self._files.items())}
+
+    def stamp(self, file: str) -> str:
+        """SHA-256 of the content."""
+        return hashlib.sha256(self._files[file]).hexdigest()
+
+    def read(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
+        """Bytes [begin, end) of `file`."""
+        self.reads.append((file, begin, end))
+        data = self._files[file][begin:end]
+        if len(data) != end - begin:
+            raise CheckpointError(f"{self._name}/{file}: wanted bytes [{begin:,}, {end:,}), got {len(data):,}")
+        return np.frombuffer(data, np.uint8).copy()

@@ -1,0 +1,1 @@
+"""Tests of mso_hub; a package so that `python -m tests.benchmarks...` finds this folder and no other."""
