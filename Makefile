@@ -1,4 +1,5 @@
-# `make` lists what there is to do. Everything runs in .venv, made on first use; a changed pyproject.toml updates it.
+# `make` lists what there is to do. All of it runs in .venv, made on first use and updated when pyproject.toml
+# changes.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -34,7 +35,7 @@ types: $(DEV)  ## mypy, strict
 pytest: $(DEV)  ## the test suite alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-bench: $(CORE) $(if $(filter 1,$(BENCH_PEERS)),$(DEV) $(PEERS)/.installed)  ## start-up and speed; BENCH_PEERS=1 installs llm-compressor (in .venv-llmcompressor) and ModelOpt and measures them too
+bench: $(CORE) $(if $(filter 1,$(BENCH_PEERS)),$(DEV) $(PEERS)/.installed)  ## measure start-up and speed; BENCH_PEERS=1 first installs llm-compressor (in .venv-llmcompressor) and ModelOpt, and measures them too
 	$(BIN)/python -m tests.benchmarks.bench_startup
 	$(BIN)/python -m tests.benchmarks.bench_convert --size-gb $(BENCH_GB) $(if $(filter 1,$(BENCH_PEERS)),--modelopt)
 

@@ -1,1 +1,79 @@
-"""mso_hub"""
+"""mso_hub: read a checkpoint tensor by tensor, change how its numbers are stored, write a checkpoint.
+
+    rank  module      what enters -> what leaves
+    6     cli         argv -> one call below
+    6     demo        a small model -> there and back, every step shown
+    5     legacy      the prototype's two entry points -> convert()
+    5     display     plans and reports -> text
+    5     progress    events -> a bar or JSON lines
+    4     pipeline    START HERE: convert() = source -> plan -> engine -> sink
+    4     verify      finished repo -> report
+    3     engine      shard plans -> finished pieces in order
+    2     plan        headers + recipe -> exact output layout (no weight is read)
+    1     source      folder -> headers, tensors
+    1     formats     tensors -> tensors (the only arithmetic)
+    1     sink        files -> folder, visible all at once
+    0     checkpoint  TensorInfo, Checkpoint, safetensors header bytes
+    0     events      what happened, for whoever listens
+    0     errors      one exception tree
+
+A module imports lower ranks and its own room only (checkpoint also imports errors, sink also formats' Array); the
+tests read this table.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mso_hub.errors import MsoError
+    from mso_hub.legacy import StreamingQuantizer, decompress_model_incremental
+    from mso_hub.pipeline import convert, plan_for
+    from mso_hub.plan import Plan, Recipe, make_plan
+    from mso_hub.sink import open_sink
+    from mso_hub.source import open_source
+    from mso_hub.verify import Report, compare_checkpoints, verify_checkpoint
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "MsoError": "errors",
+    "Plan": "plan",
+    "Recipe": "plan",
+    "Report": "verify",
+    "StreamingQuantizer": "legacy",
+    "compare_checkpoints": "verify",
+    "convert": "pipeline",
+    "decompress_model_incremental": "legacy",
+    "make_plan": "plan",
+    "open_sink": "sink",
+    "open_source": "source",
+    "plan_for": "pipeline",
+    "verify_checkpoint": "verify",
+}
+
+__all__ = [
+    "MsoError",
+    "Plan",
+    "Recipe",
+    "Report",
+    "StreamingQuantizer",
+    "__version__",
+    "compare_checkpoints",
+    "convert",
+    "decompress_model_incremental",
+    "make_plan",
+    "open_sink",
+    "open_source",
+    "plan_for",
+    "verify_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported on first use: `mso-hub --help` should not wait for numpy."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'mso_hub' has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415
+
+    return getattr(import_module(f"mso_hub.{_HOME[name]}"), name)

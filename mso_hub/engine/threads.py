@@ -65,6 +65,12 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _largest(amaxes: Iterable[float]) -> float:
+    """Maximum that is infinite as soon as one value is NaN or Inf (`max` may lose a NaN)."""
+    found = list(amaxes)
+    return max(found, default=0.0) if all(amax < float("inf") for amax in found) else float("inf")
+
+
 class ThreadEngine:
     """Runs shard plans on this machine's processors.
 
@@ -194,7 +200,7 @@ class _Run:
                 values.append(None)
                 continue
             results = [load.result() for load in futures[at]]
-            own[step.weight.name] = amax = max(result[2] for result in results)
+            own[step.weight.name] = amax = _largest(result[2] for result in results)
             values.append([result[:2] for result in results])
             if not amax < float("inf"):
                 self._refuse(step.weight)
@@ -214,7 +220,7 @@ class _Run:
     def _amax(self, weight: Weight) -> float:
         """Amax of a weight that is not kept, block by block."""
         load = partial(self._load, weight)
-        amax = max(result[2] for result in self._windowed(load, weight.blocks(BLOCK)))
+        amax = _largest(result[2] for result in self._windowed(load, weight.blocks(BLOCK)))
         if not amax < float("inf"):
             self._refuse(weight)
         return amax

@@ -21,7 +21,7 @@ from mso_hub.formats.weight import Weight
 from mso_hub.plan.config import carried_files, check_substrings, ignore_list
 from mso_hub.plan.recipe import Recipe
 from mso_hub.plan.select import Selection, select
-from mso_hub.plan.text import text_config, text_names
+from mso_hub.plan.text import text_model
 
 FORMAT_VERSION = 1
 """Part of every job digest: raised when the same recipe starts to give other bytes."""
@@ -224,6 +224,7 @@ def _job(checkpoint: Checkpoint, recipe: Recipe) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _GroupPlan:
+    config: Mapping[str, Any]
     shards: list[ShardPlan]
     selection: Selection
     dropped: list[str]
@@ -237,12 +238,10 @@ def _plan_group(
     weights, dropped = read_weights(group.tensors, checkpoint.config, read_shape, recipe.dtype)
     config: Mapping[str, Any] = checkpoint.config
     if recipe.text_only:
-        renamed = text_names([w.name for w in weights])
-        dropped += [w.name for w in weights if w.name not in renamed]
-        weights = [
-            Weight(renamed[w.name], w.dtype, w.shape, w.parts, w.decoder) for w in weights if w.name in renamed
-        ]
-        config = text_config(config)
+        text = text_model(config, {w.name: w.shape for w in weights})
+        dropped += [w.name for w in weights if w.name not in text.names]
+        weights = [replace(w, name=text.names[w.name]) for w in weights if w.name in text.names]
+        config = text.config
     packed = sum(w.decoder is not None for w in weights)
     if form is None:
         kept = {w.module: (w, "decoded" if w.decoder else "stays dense") for w in weights}
@@ -255,15 +254,12 @@ def _plan_group(
     scales, missing = _input_scales(selection, recipe)
     _raise_problems(checkpoint.name, [*selection.problems, *missing])
     shards = _shards(_steps(weights, selection, scales, form), checkpoint)
-    return _GroupPlan(shards, selection, dropped, packed)
+    return _GroupPlan(config, shards, selection, dropped, packed)
 
 
 def _config(checkpoint: Checkpoint, recipe: Recipe, form: Format | None, parts: Sequence[_GroupPlan]) -> dict[str, Any]:
     """config.json of the output, and its ignore list inside."""
-    config = dict(checkpoint.config)
-    if recipe.text_only:
-        config = text_config(config)
-    config = without_quantization(config)
+    config = without_quantization(parts[0].config)
     if form is None and any(part.packed for part in parts):
         config = with_dtype(config, recipe.dtype)
     if form is not None:

@@ -157,6 +157,7 @@ def select(
     linear = {name: entry for name, entry in kept.items() if is_linear(entry[0])}
     problems += wrong + _split_units(chosen, linear)
     shared = units(chosen)
-    alone = {m: (m,) for m in chosen if m not in {x for members in shared.values() for x in members}}
+    together = {module for members in shared.values() for module in members}
+    alone = {module: (module,) for module in chosen if module not in together}
     by_unit = {key: tuple(chosen[m] for m in members) for key, members in {**shared, **alone}.items()}
     return Selection(tuple(chosen.values()), kept, by_unit, tuple(unused), tuple(problems))

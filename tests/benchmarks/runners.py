@@ -101,7 +101,7 @@ def warm_page_cache(folder: Path) -> int:
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
-            while block := file.read(1 << 24):
+            while block := file.read(1 << 20):
                 total += len(block)
     return total
 

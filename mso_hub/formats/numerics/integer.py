@@ -5,9 +5,9 @@
 The same for zero points: they are stored with the offset 2**(bits - 1) too. Two packings exist
 (words are little-endian, the first element sits in the lowest bits):
 
-    dense   compressed-tensors since 2026: element i takes bits i*bits .. i*bits + bits - 1 of the
+    dense   compressed-tensors 0.20: element i takes bits i*bits .. i*bits + bits - 1 of the
             row's bit stream, so 3-, 5-, 6- and 7-bit codes may straddle two words
-    padded  before: floor(32 / bits) elements per word, the bits above them are unused
+    padded  its older releases: floor(32 / bits) elements per word, the bits above them are unused
 
 For 2, 4 and 8 bits both are the same bytes. `words_per_row` tells which one a tensor uses.
 `reference` is the same arithmetic in plain torch.
@@ -34,7 +34,7 @@ def unpack(packed: npt.NDArray[np.int32], bits: int, cols: int, *, dense: bool) 
 
     packed   int32 [rows, words], words = words_per_row(cols, bits, dense=dense)
     returns  int8 [rows, cols] in -2**(bits-1) .. 2**(bits-1) - 1
-    source   compressed-tensors 0.20 unpack_from_int32 (dense), 0.10 (padded)
+    source   compressed-tensors 0.20 unpack_from_int32 (dense); padded from its older releases
     """
     _check_packed(packed, bits, cols, dense)
     codes = np.empty((packed.shape[0], cols), np.int8)
@@ -78,22 +78,16 @@ def decode(
     source      compressed-tensors 0.20 PackedQuantizationCompressor.decompress; its arithmetic is
                 in the dtype of the scale, which rounds this same exact product once
     """
-    _check_packed(packed, bits, cols, dense)
+    codes = unpack(packed, bits, cols, dense=dense)
     size = cols if group_size is None else group_size
-    groups = _check_groups(packed.shape[0], cols, size, scale, zero_point, g_idx)
-    zeros = np.zeros((1, 1), np.int8) if zero_point is None else zero_point
-    if g_idx is None:
-        index, regular = np.zeros(1, np.int32), max(size, 1)
-    else:
-        index, regular = g_idx.astype(np.int32), 0
-    held = storage("F32" if dtype == "F16" else dtype)
-    out = np.empty((packed.shape[0], cols), held)
-    into = out.view(np.uint16 if dtype == "BF16" else np.uint32)
-    if groups:
-        _decode(
-            _readonly(packed), _readonly(scale), _readonly(zeros), zero_point is not None,
-            _readonly(index), regular, bits, dense, into,
-        )  # fmt: skip
+    if size < 1:
+        raise ValueError(f"group_size must be at least 1, or None for one scale per row, got {group_size}")
+    index = np.arange(cols, dtype=np.int32) // size if g_idx is None else g_idx.astype(np.int32)
+    zeros = np.zeros(scale.shape, np.int8) if zero_point is None else zero_point
+    _check_groups(codes.shape, -(-cols // size), scale, zeros, index)
+    out = np.empty(codes.shape, storage("F32" if dtype == "F16" else dtype))
+    bits_out = out.view(np.uint16 if dtype == "BF16" else np.uint32)
+    _decode(_readonly(codes), _readonly(scale), _readonly(zeros), _readonly(index), bits_out)
     return narrow(out, dtype) if dtype == "F16" else out
 
 
@@ -108,32 +102,26 @@ def _check_packed(packed: npt.NDArray[np.int32], bits: int, cols: int, dense: bo
 
 
 def _check_groups(
-    rows: int,
-    cols: int,
-    group_size: int,
+    shape: tuple[int, ...],
+    groups: int,
     scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.int8] | None,
-    g_idx: npt.NDArray[np.int32] | None,
-) -> int:
-    """Refuse scales, zero points or group indices that do not cover the matrix; return groups."""
-    if group_size < 1 < cols:
-        raise ValueError(f"group_size must be at least 1, or None for one scale per row, got {group_size}")
-    groups = -(-cols // group_size) if cols else 0
+    zero_point: npt.NDArray[np.int8],
+    index: npt.NDArray[np.int32],
+) -> None:
+    """Refuse scales, zero points or group numbers that do not cover the matrix."""
+    rows, cols = shape
     if scale.dtype != np.float32 or scale.shape != (rows, groups):
         raise ValueError(
-            f"{cols} columns in groups of {group_size} need a float32 scale {[rows, groups]}, "
+            f"a {rows} x {cols} matrix in {groups} groups needs a float32 scale {[rows, groups]}, "
             f"got {scale.dtype} {list(scale.shape)}"
         )
-    if zero_point is not None and (zero_point.dtype != np.int8 or zero_point.shape != scale.shape):
+    if zero_point.dtype != np.int8 or zero_point.shape != scale.shape:
         raise ValueError(
             f"zero_point must be int8 {list(scale.shape)} like the scale, "
             f"got {zero_point.dtype} {list(zero_point.shape)}"
         )
-    if g_idx is not None and (
-        g_idx.shape != (cols,) or (cols and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups)
-    ):
-        raise ValueError(f"g_idx must hold {cols} group numbers in 0..{groups - 1}, got {g_idx!r}")
-    return groups
+    if index.shape != (cols,) or (cols and not 0 <= int(index.min()) <= int(index.max()) < groups):
+        raise ValueError(f"g_idx must hold {cols} group numbers in 0..{groups - 1}, got {index}")
 
 
 def _readonly(values: Array) -> Array:
@@ -179,38 +167,14 @@ def _unpack(packed: Array, bits: int, dense: bool, codes: Array) -> None:
 
 
 @kernel
-def _scale_row(codes: Array, scale: Array, zeros: Array, index: Array, group_size: int, x: Array) -> None:
-    """Fill x [cols] float32: (codes - zeros[g]) * scale[g]; group_size 0 means g = index[column]."""
-    if group_size == 0:
-        for k in range(codes.size):
-            g = index[k]
-            x[k] = np.float32(np.int32(codes[k]) - np.int32(zeros[g])) * scale[g]
-        return
-    for g in range(scale.size):
-        zero, step = np.int32(zeros[g]), scale[g]
-        for k in range(g * group_size, min((g + 1) * group_size, codes.size)):
-            x[k] = np.float32(np.int32(codes[k]) - zero) * step
+def _decode(codes: Array, scale: Array, zero_point: Array, index: Array, out: Array) -> None:
+    """Fill out [rows, cols] (uint16 BF16 or uint32 F32 bits); column k is in group index[k].
 
-
-@kernel
-def _decode(
-    packed: Array,
-    scale: Array,
-    zero_point: Array,
-    has_zero_point: bool,
-    index: Array,
-    group_size: int,
-    bits: int,
-    dense: bool,
-    out: Array,
-) -> None:
-    """Fill out [rows, cols] (uint16 BF16 or uint32 F32 bits); row buffers stay in the cache."""
-    codes = np.empty(out.shape[1], np.int8)
+    The float32 numbers of one row stay in the cache between the product and the rounding.
+    """
     x = np.empty(out.shape[1], np.float32)
-    zeros = np.zeros(scale.shape[1], np.int8)
-    for r in range(packed.shape[0]):
-        _unpack_row(packed[r], bits, dense, codes)
-        if has_zero_point:
-            zeros[:] = zero_point[r]
-        _scale_row(codes, scale[r], zeros, index, group_size, x)
+    for r in range(out.shape[0]):
+        for k in range(x.size):
+            g = index[k]
+            x[k] = np.float32(np.int32(codes[r, k]) - np.int32(zero_point[r, g])) * scale[r, g]
         store_f32(x.view(np.uint32), out[r])

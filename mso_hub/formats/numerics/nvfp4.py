@@ -107,7 +107,10 @@ def decode(
     returns     [rows, cols] held as `floats.storage(dtype)`; code 8 gives +0.0
     source      ModelOpt 0.47 NVFP4QTensor.dequantize
     """
-    return _decode_as(packed, scale, np.float32(multiplier), dtype, divide=False)
+    _check_scale(packed, scale)
+    with np.errstate(all="ignore"):  # a step beyond float32 is infinite, as in torch
+        steps = E4M3[scale] * np.float32(multiplier)
+    return _decode_as(packed, steps, _MODELOPT, dtype)
 
 
 def decode_divided(
@@ -121,37 +124,35 @@ def decode_divided(
     returns     [rows, cols] held as `floats.storage(dtype)`; code 8 gives -0.0
     source      compressed-tensors 0.20 NVFP4PackedCompressor.decompress
     """
-    return _decode_as(packed, scale, np.float32(divisor), dtype, divide=True)
+    _check_scale(packed, scale)
+    with np.errstate(all="ignore"):  # a step beyond float32 is infinite, as in torch
+        steps = E4M3[scale] / np.float32(divisor)
+    return _decode_as(packed, steps, _COMPRESSED_TENSORS, dtype)
+
+
+def _check_scale(packed: npt.NDArray[np.uint8], scale: npt.NDArray[np.uint8]) -> None:
+    """Refuse what the kernel, which reads without bounds checks, would read past."""
+    expected = (*packed.shape[:1], packed.shape[-1] // 8)
+    if packed.ndim != 2 or packed.shape[1] % 8 or scale.shape != expected:
+        raise ValueError(
+            f"nvfp4 needs one scale for {GROUP_SIZE} columns: packed is {list(packed.shape)}, "
+            f"so scale must be {list(expected)}, got {list(scale.shape)}"
+        )
+    if packed.dtype != np.uint8 or scale.dtype != np.uint8:
+        raise ValueError(f"nvfp4 codes and scales are uint8 bits, got {packed.dtype} and {scale.dtype}")
 
 
 def _decode_as(
-    packed: npt.NDArray[np.uint8],
-    scale: npt.NDArray[np.uint8],
-    factor: np.float32,
-    dtype: str,
-    *,
-    divide: bool,
+    packed: npt.NDArray[np.uint8], steps: npt.NDArray[np.float32], values: Array, dtype: str
 ) -> Array:
-    """Check the shapes, run the kernel; F16 is rounded from float32 by numpy."""
+    """Look up `values` [16] for each code, times the step of its block; F16 is rounded by numpy."""
     rows, half = packed.shape
-    if half % 8 or scale.shape != (rows, half // 8):
-        raise ValueError(
-            f"nvfp4 needs one scale for {GROUP_SIZE} columns: packed is {list(packed.shape)}, "
-            f"so scale must be {[rows, half // 8]}, got {list(scale.shape)}"
-        )
-    held = storage("F32" if dtype == "F16" else dtype)
-    out = np.empty((rows, 2 * half), held)
+    out = np.empty((rows, 2 * half), storage("F32" if dtype == "F16" else dtype))
     bits = out.reshape(-1).view(np.uint16 if dtype == "BF16" else np.uint32)
-    values = _COMPRESSED_TENSORS if divide else _MODELOPT
-    _decode(_readonly(packed), _readonly(scale), values, factor, divide, bits)
+    codes = np.ascontiguousarray(packed).reshape(-1)
+    codes.flags.writeable = False  # one compiled kernel for every caller, see `floats.flat_bits`
+    _decode(codes, steps.reshape(-1), values, bits)
     return narrow(out, dtype) if dtype == "F16" else out
-
-
-def _readonly(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """View codes as 1-D read-only, so that one compiled kernel serves every caller."""
-    flat = np.ascontiguousarray(codes).reshape(-1)
-    flat.flags.writeable = False
-    return flat
 
 
 @kernel
@@ -283,14 +284,13 @@ def _encode_mse(bits: Array, global_scale: np.float32, packed: Array, scale: Arr
 
 
 @kernel
-def _decode(packed: Array, scale: Array, values: Array, factor: np.float32, divide: bool, out: Array) -> None:
-    """Fill out [n] (uint16 BF16 or uint32 F32 bits) from packed [n/2] and scale [n/16]."""
+def _decode(packed: Array, steps: Array, values: Array, out: Array) -> None:
+    """Fill out [n] (uint16 BF16 or uint32 F32 bits) from packed [n/2] and steps [n/16] float32."""
     x = np.empty(_TILE, np.float32)
     for start in range(0, packed.size, _TILE // 2):
         stop = min(start + _TILE // 2, packed.size)
         for b in range((stop - start) // 8):
-            s = E4M3[scale[start // 8 + b]]
-            step = s / factor if divide else s * factor
+            step = steps[start // 8 + b]
             for k in range(8):
                 byte = packed[start + 8 * b + k]
                 x[16 * b + 2 * k] = values[byte & 0xF] * step

@@ -120,6 +120,7 @@ def test_values_that_do_not_match_their_dtype_are_refused(
 
 def test_kernels_start_without_torch() -> None:
     """Only `reference` may cost the import of torch."""
-    code = "import sys; from mso_hub.formats.numerics import floats, integer, nvfp4; sys.exit('torch' in sys.modules)"
+    modules = "floats, integer, nvfp4"
+    code = f"import sys; from mso_hub.formats.numerics import {modules}; sys.exit('torch' in sys.modules)"
     root = Path(floats.__file__).parents[3]
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(root)})

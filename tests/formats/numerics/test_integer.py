@@ -94,7 +94,10 @@ def test_decode_equals_compressed_tensors(
     scale = torch.from_numpy(rng.standard_normal((rows, groups), np.float32)).to(TORCH[dtype])
     zeros = torch.from_numpy(random_codes(rng, (rows, groups), bits))
     args = QuantizationArgs(
-        num_bits=bits, group_size=group_size, symmetric=symmetric, strategy="group" if group_size else "channel"
+        num_bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        strategy="group" if group_size else "channel",
     )
     state = {
         "weight_packed": pack_to_int32(codes, bits),

@@ -1,0 +1,207 @@
+"""Plans, reports and comparisons as plain text of at most 100 columns. Strings in, strings out: the CLI prints them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mso_hub.checkpoint import Checkpoint
+from mso_hub.formats import DENSE, FORMATS, READABLE
+from mso_hub.formats.detect import quantization_configs
+from mso_hub.plan import Plan
+from mso_hub.verify import Comparison, Report
+
+SHOWN = 12
+
+
+def size(nbytes: float) -> str:
+    """1536 -> `1.5 KB`, decimal units."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def table(rows: Iterable[Sequence[object]], heads: Sequence[str]) -> str:
+    """Columns padded to their widest entry; numbers to the right."""
+    cells = [list(map(str, heads)), *([str(c) for c in row] for row in rows)]
+    widths = [max(len(row[at]) for row in cells) for at in range(len(heads))]
+    right = [all(row[at][:1].isdigit() or not row[at] for row in cells[1:]) for at in range(len(heads))]
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _leaf(module: str) -> str:
+    """`model.layers.3.mlp.experts.17.up_proj` -> `model.layers.N.mlp.experts.N.up_proj`."""
+    return ".".join("N" if part.isdigit() else part for part in module.split("."))
+
+
+def plan_as_dict(plan: Plan) -> dict[str, Any]:
+    """Everything that `plan --json` says."""
+    return {
+        "source": plan.source,
+        "job": plan.job,
+        "scheme": plan.recipe.scheme,
+        "layout": plan.recipe.layout,
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "shards": [{"name": s.name, "nbytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
+        "quantized": {
+            step.weight.module: {"shape": list(step.weight.shape), "bytes_before": step.weight.nbytes,
+                                 "bytes_after": sum(i.nbytes for i in step.outputs)}
+            for shard in plan.shards for step in shard.steps if step.unit is not None
+        },
+        "kept": dict(plan.kept),
+        "dropped": list(plan.dropped),
+        "units": {key: [w.module for w in members] for key, members in plan.units.items() if len(members) > 1},
+        "carried": list(plan.carried),
+        "left_behind": list(plan.behind),
+        "quantization_config": plan.config.get("quantization_config"),
+        "notes": list(plan.notes),
+    }  # fmt: skip
+
+
+def _changed(plan: Plan) -> tuple[str, str]:
+    """Table of what is encoded or decoded, by kind of module; and the one of what stays."""
+    changed: dict[tuple[str, str], list[int]] = {}
+    for step in (step for shard in plan.shards for step in shard.steps):
+        weight = step.weight
+        if step.unit is None and weight.decoder is None:
+            continue
+        becomes = plan.recipe.scheme if step.unit else step.outputs[0].dtype
+        row = changed.setdefault((_leaf(weight.module), becomes), [0, 0, 0])
+        row[0] += 1
+        row[1] += weight.nbytes
+        row[2] += sum(info.nbytes for info in step.outputs)
+    rows = [(name, becomes, n, size(a), size(b)) for (name, becomes), (n, a, b) in sorted(changed.items())]
+    kept = Counter((_leaf(module), why) for module, why in plan.kept.items() if why != "not a linear layer's weight")
+    stays = [(name, n, why) for (name, why), n in sorted(kept.items())]
+    more = [(f"and {len(stays) - 40} more kinds", "", "--json lists them all")] if len(stays) > 40 else []
+    return (
+        table(rows, ("module", "becomes", "count", "before", "after")),
+        table([*stays[:40], *more], ("stays as it is", "count", "why")),
+    )
+
+
+def plan_text(plan: Plan) -> str:
+    """What `mso-hub plan` prints."""
+    changed, stays = _changed(plan)
+    fused = Counter(_leaf(key) for key, members in plan.units.items() if len(members) > 1)
+    ratio = plan.write_bytes / max(1, plan.read_bytes)
+    blocks = [
+        f"{plan.source} -> {plan.recipe.scheme} ({plan.recipe.layout})",
+        changed,
+        stays,
+        table(
+            [(key, n, ", ".join(sorted({w.module.rpartition('.')[2] for w in _members(plan, key)})))
+             for key, n in sorted(fused.items())],
+            ("one scale for", "count", "members"),
+        ) if fused else "",
+        f"size    {size(plan.read_bytes)} -> {size(plan.write_bytes)} ({ratio:.0%}) in {len(plan.shards)} shards, "
+        f"{len(plan.carried)} files carried along",
+        *(f"note    {note}" for note in plan.notes),
+    ]  # fmt: skip
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _members(plan: Plan, leaf: str) -> Iterable[Any]:
+    return next(members for key, members in plan.units.items() if _leaf(key) == leaf and len(members) > 1)
+
+
+def inspect_dict(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `inspect --json` says: dtypes, sizes, shards, quantization."""
+    by_dtype: dict[str, list[int]] = {}
+    for info in (info for shard in checkpoint.shards.values() for info in shard.tensors):
+        row = by_dtype.setdefault(info.dtype, [0, 0])
+        row[0] += 1
+        row[1] += info.nbytes
+    configs = quantization_configs(checkpoint.config)
+    return {
+        "name": checkpoint.name,
+        "architectures": checkpoint.config.get("architectures"),
+        "model_type": checkpoint.config.get("model_type"),
+        "quantization": [
+            {k: c.get(k) for k in ("quant_method", "quant_algo", "format") if c.get(k)} for c in configs
+        ],
+        "dtypes": {d: {"tensors": n, "nbytes": b} for d, (n, b) in sorted(by_dtype.items())},
+        "indices": [g.index for g in checkpoint.groups if g.index],
+        "shards": {s.name: {"tensors": len(s.tensors), "nbytes": s.nbytes} for s in checkpoint.shards.values()},
+        "files": dict(checkpoint.files),
+    }
+
+
+def inspect_text(checkpoint: Checkpoint) -> str:
+    """What `mso-hub inspect` prints."""
+    facts = inspect_dict(checkpoint)
+    shards = [(n, s["tensors"], size(s["nbytes"])) for n, s in facts["shards"].items()]
+    more = [(f"and {len(shards) - SHOWN} more", "", "")] if len(shards) > SHOWN else []
+    quantization = ", ".join(" ".join(q.values()) for q in facts["quantization"]) or "none announced"
+    return "\n\n".join([
+        f"{facts['name']}: {', '.join(facts['architectures'] or ['no architecture'])}, quantization: {quantization}",
+        table([(d, v["tensors"], size(v["nbytes"])) for d, v in facts["dtypes"].items()], ("dtype", "tensors", "size")),
+        table([*shards[:SHOWN], *more], ("shard", "tensors", "size")),
+    ])  # fmt: skip
+
+
+def report_text(report: Report) -> str:
+    """What `mso-hub verify` prints."""
+    lines = [
+        f"{report.where}: {report.tensors:,} tensors, {report.packed:,} packed weights, {report.hashed} files with the "
+        "SHA-256 of the manifest"
+    ]
+    if report.units:
+        bad = sum("one global scale" in problem for problem in report.problems)
+        lines.append(f"fused units with one shared scale: {report.units - bad:,} of {report.units:,}")
+    if report.identical or report.errors:
+        lines.append(f"against the source: {report.identical:,} tensors unchanged, {len(report.errors):,} changed")
+    blocks = ["\n".join(lines)]
+    if report.errors:
+        kinds: dict[tuple[str, str], list[float]] = {}
+        for error in report.errors:
+            kinds.setdefault((_leaf(error.name), error.stored), []).append(error.nmse)
+        rows = [
+            (name, stored, len(v), f"{100 * sum(v) / len(v):.4f} %", f"{100 * max(v):.4f} %")
+            for (name, stored), v in sorted(kinds.items())
+        ]
+        blocks.append(table(rows, ("weight", "stored as", "count", "mean error", "worst error")))
+        blocks.append("error: sum of squared differences over sum of squares, dequantized against the source")
+    blocks += [f"byte for byte like {name}: {n:,} tensors" for name, n in report.reference.items()]
+    shown = [f"PROBLEM {problem}" for problem in report.problems[:SHOWN]]
+    if len(report.problems) > SHOWN:
+        shown.append(f"and {len(report.problems) - SHOWN} more problems")
+    return "\n\n".join([*blocks, "\n".join(shown) or "no problems found"])
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """What `mso-hub compare` prints."""
+    a, b = comparison.names
+    blocks = [
+        f"A {a}\nB {b}\n{comparison.common:,} weights in both ({comparison.identical:,} equal byte for byte), "
+        f"{len(comparison.only[0]):,} only in A, {len(comparison.only[1]):,} only in B"
+    ]
+    rows = [
+        (label, kind, *(f"{q:.4g}" for q in quantiles))
+        for label, scales in zip("AB", comparison.scales, strict=True) for kind, quantiles in scales.items()
+    ]  # fmt: skip
+    if rows:
+        blocks.append(table(rows, ("", "NVFP4 scale", "min", "5 %", "median", "95 %", "max")))
+    if comparison.errors:
+        worst = [(e.name, e.stored, f"{100 * e.nmse:.4f} %", f"{e.max_abs:.4g}") for e in comparison.errors[:SHOWN]]
+        blocks.append(table(worst, ("largest differences (B against A)", "B stored as", "error", "max abs")))
+    return "\n\n".join(blocks)
+
+
+def formats_text() -> str:
+    """What `mso-hub formats` prints."""
+    writes = [
+        (name, "compressed-tensors, modelopt", "W4A16; W4A4 with --input_scale", "absmax, mse") for name in FORMATS
+    ]
+    return "\n\n".join([
+        table([*writes, (DENSE, "dense", "", "")], ("writes", "layouts", "variants", "scale search")),
+        table(READABLE.items(), ("reads", "what")),
+    ])  # fmt: skip

@@ -1,0 +1,53 @@
+"""What a published model left unquantized, read from its config: `extract`, `--exclude_config`, `--input_scale DIR`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mso_hub.errors import RecipeError
+
+LISTS = ("exclude_modules", "ignore", "modules_to_not_convert", "ignored_layers", "exclude")
+"""Names of the list: ModelOpt, compressed-tensors, fp8 and AWQ, older ones."""
+FILES = ("hf_quant_config.json", "config.json")
+
+
+def _lists(value: Any) -> list[str]:
+    """All exclude lists inside a config, outermost first, without repetition."""
+    if not isinstance(value, Mapping):
+        return []
+    found: dict[str, None] = {}
+    for key in LISTS:
+        if isinstance(value.get(key), list):
+            found |= dict.fromkeys(entry for entry in value[key] if isinstance(entry, str))
+    for key, nested in value.items():
+        if key not in LISTS:
+            found |= dict.fromkeys(_lists(nested))
+    return list(found)
+
+
+def exclude_patterns(where: str | Path) -> list[str]:
+    """Patterns that a reference model's config excludes from quantization.
+
+    where   hf_quant_config.json or config.json, or the folder that holds them
+    Raises RecipeError when there is no such file or no list in it.
+    """
+    path = Path(where)
+    if path.is_dir():
+        candidates = [path / name for name in FILES if (path / name).is_file()]
+    else:
+        candidates = [path] if path.is_file() else []
+    if not candidates:
+        raise RecipeError(f"{where}: needs a quantization config ({' or '.join(FILES)}), found none; check the path")
+    for candidate in candidates:
+        try:
+            patterns = _lists(json.loads(candidate.read_bytes()))
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{candidate}: not valid JSON: {error}; fetch it again") from error
+        if patterns:
+            return patterns
+    raise RecipeError(
+        f"{where}: has none of the lists {', '.join(LISTS)}; give the config of a quantized model"
+    )

@@ -1,0 +1,48 @@
+"""Events -> a tqdm bar on stderr, or JSON lines on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+from mso_hub.events import Event, Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
+
+
+class Bar:
+    """One bar over the source's bytes: amount, rate, time left, and how many shards are complete."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm  # noqa: PLC0415 - not needed by --help
+
+        self._bar = tqdm(unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True, leave=True)
+        self._shards = 0
+        self._done = 0
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        if isinstance(event, PlanReady):
+            self._bar.reset(total=event.read_bytes)
+            self._shards = event.shards
+        elif isinstance(event, TensorDone):
+            self._bar.update(event.nbytes)
+        elif isinstance(event, ShardResumed | ShardDone):
+            self._done += 1
+            if isinstance(event, ShardResumed):
+                # Bytes of an earlier run are not this run's speed.
+                self._bar.initial += event.nbytes
+                self._bar.update(event.nbytes)
+            self._bar.set_postfix_str(f"shard {self._done}/{self._shards}", refresh=False)
+        elif isinstance(event, Published):
+            self._bar.close()
+
+
+def json_line(event: Event) -> None:
+    """Write an event as one JSON object on stdout."""
+    sys.stdout.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+    sys.stdout.flush()
+
+
+def listener(kind: str) -> Listener:
+    """`bar`, `json` or `none` -> Listener."""
+    return {"bar": Bar, "json": lambda: json_line, "none": lambda: ignore}[kind]()  # type: ignore[no-any-return,no-untyped-call]

@@ -1,0 +1,9 @@
+"""Finished checkpoint -> report: does it hold what it promises, and how far is it from where it came from?"""
+
+from __future__ import annotations
+
+from mso_hub.verify.compare import Comparison, compare_checkpoints
+from mso_hub.verify.report import Report, TensorError
+from mso_hub.verify.run import verify_checkpoint
+
+__all__ = ["Comparison", "Report", "TensorError", "compare_checkpoints", "verify_checkpoint"]

@@ -1,0 +1,84 @@
+"""Two checkpoints side by side: distributions of their scales, distance of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mso_hub.engine.threads import default_workers
+from mso_hub.errors import VerifyError
+from mso_hub.formats.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.weight import read_rows
+from mso_hub.verify.report import TensorError
+from mso_hub.verify.run import Opened, distance, global_scale, open_weights
+
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Result of compare_checkpoints.
+
+    names      the two checkpoints
+    common     weights in both; `only` those in one of them, per checkpoint
+    identical  common weights stored alike with equal bytes
+    errors     distance of the others, relative to the first
+    scales     per checkpoint: quantiles 0, 5, 50, 95, 100 % of global scales (as multipliers) and of block scales
+    """
+
+    names: tuple[str, str]
+    common: int
+    only: tuple[tuple[str, ...], tuple[str, ...]]
+    identical: int
+    errors: tuple[TensorError, ...]
+    scales: tuple[Mapping[str, tuple[float, ...]], Mapping[str, tuple[float, ...]]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def _scale_quantiles(opened: Opened) -> dict[str, tuple[float, ...]]:
+    from mso_hub.formats.numerics.floats import E4M3  # noqa: PLC0415 - numba loads on first use
+
+    multipliers: list[float] = []
+    counts = np.zeros(256, np.int64)
+    for weight in opened.weights.values():
+        if isinstance(weight.decoder, Nvfp4Decoder):
+            scale = global_scale(opened, weight)
+            multipliers.append(scale if weight.decoder.layout == "modelopt" else 1 / scale)
+            counts += np.bincount(read_rows(opened.source.read, weight.parts["scale"]).reshape(-1), minlength=256)
+    if not multipliers:
+        return {}
+    order = np.argsort(E4M3[:127])
+    cumulative = np.cumsum(counts[order])
+    at = [min(int(np.searchsorted(cumulative, q * cumulative[-1])), 126) for q in QUANTILES[1:]]
+    first = int(np.flatnonzero(counts[order])[0]) if counts[:127].any() else 0
+    return {
+        "global": tuple(float(q) for q in np.quantile(multipliers, QUANTILES)),
+        "block": tuple(float(E4M3[order[i]]) for i in [first, *at]),
+    }
+
+
+def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
+    """Compare every weight that two checkpoints share, whatever their formats; VerifyError when they share none."""
+    a, b = open_weights(first), open_weights(second)
+    common = [n for n in a.weights if n in b.weights]
+    if not common:
+        raise VerifyError(f"{first} and {second}: share none of their {len(a.weights)} and {len(b.weights)} weights")
+    with ThreadPoolExecutor(default_workers()) as pool:
+        outcomes = list(pool.map(lambda n: distance(b, a, b.weights[n], a.weights[n]), common))
+    errors = tuple(sorted((e for e in outcomes if e is not None), key=lambda e: -e.nmse))
+    return Comparison(
+        (str(first), str(second)),
+        len(common),
+        (tuple(n for n in a.weights if n not in b.weights), tuple(n for n in b.weights if n not in a.weights)),
+        len(common) - len(errors),
+        errors,
+        (_scale_quantiles(a), _scale_quantiles(b)),
+    )

@@ -1,0 +1,98 @@
+"""Does the announced quantization agree with what is stored? The rules are those of vLLM's loaders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from mso_hub.checkpoint import Checkpoint
+from mso_hub.formats.detect import quantization_configs
+from mso_hub.formats.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.weight import FLOAT_DTYPES, Weight
+from mso_hub.plan.recipe import default_reason
+
+SHOWN = 3
+
+
+def is_ignored(config: Mapping[str, Any], module: str) -> bool:
+    """Does the ignore list of a quantization_config cover a module, as vLLM decides it?
+
+    compressed-tensors entries match exactly or as `re:` patterns, ModelOpt entries as globs and as substrings.
+    """
+    entries = [e for e in config.get("ignore") or () if isinstance(e, str)]
+    if config.get("quant_method") == "compressed-tensors":
+        return module in entries or any(e.startswith("re:") and re.match(e[3:], module) for e in entries)
+    return any(fnmatchcase(module, e) or e in module for e in entries)
+
+
+def _shown(modules: Sequence[str]) -> str:
+    more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
+    return ", ".join(modules[:SHOWN]) + more
+
+
+def _has_activations(config: Mapping[str, Any]) -> bool:
+    groups = config.get("config_groups")
+    return isinstance(groups, dict) and any(g.get("input_activations") for g in groups.values() if isinstance(g, dict))
+
+
+def config_problems(checkpoint: Checkpoint, weights: Sequence[Weight], runtime_scales: Sequence[str]) -> Iterator[str]:
+    """Sentences for every contradiction between config.json and the stored tensors.
+
+    runtime_scales  names of stored activation scales
+    """
+    configs = quantization_configs(checkpoint.config)
+    packed = [w for w in weights if w.decoder is not None]
+    if not configs:
+        if packed:
+            yield f"config.json: announces no quantization, {len(packed)} weights are packed ({packed[0].name})"
+        if "hf_quant_config.json" in checkpoint.files:
+            yield "hf_quant_config.json: announces a quantization, config.json does not; one of them is stale"
+        return
+    config = configs[0]
+    if any(other != config for other in configs[1:]):
+        yield "config.json: holds two different quantization configs, at the top and nested; loaders take the first"
+    if not packed:
+        yield "config.json: announces a quantization, every weight is dense; remove quantization_config"
+        return
+    covered = [w.module for w in packed if is_ignored(config, w.module)]
+    if covered:
+        yield f"config.json: ignore covers modules that are stored packed: {_shown(covered)}"
+    linear = [w for w in weights if w.decoder is None and len(w.shape) == 2 and w.name.endswith(".weight")]
+    open_ones = [
+        w.module for w in linear
+        if w.dtype in FLOAT_DTYPES and default_reason(w.module) != "embedding" and not is_ignored(config, w.module)
+    ]  # fmt: skip
+    if open_ones:
+        yield f"config.json: modules are stored dense and are not in ignore, loaders expect them packed: {_shown(open_ones)}"
+    yield from _layout_problems(checkpoint, config, packed)
+    yield from _activation_problems(config, packed, runtime_scales)
+
+
+def _layout_problems(
+    checkpoint: Checkpoint, config: Mapping[str, Any], packed: Sequence[Weight]
+) -> Iterator[str]:
+    method = config.get("quant_method")
+    for weight in packed:
+        if isinstance(weight.decoder, Nvfp4Decoder) and weight.decoder.layout != method:
+            yield f"{weight.name}: stored in the layout {weight.decoder.layout}, config.json says {method!r}"
+            break
+    has_file = "hf_quant_config.json" in checkpoint.files
+    if method == "compressed-tensors" and has_file:
+        yield "hf_quant_config.json: left over from another quantization, config.json says compressed-tensors; remove it"
+    if method == "modelopt" and not has_file:
+        yield "hf_quant_config.json: missing; TensorRT-LLM reads it and not config.json"
+
+
+def _activation_problems(
+    config: Mapping[str, Any], packed: Sequence[Weight], runtime_scales: Sequence[str]
+) -> Iterator[str]:
+    have = {name.rpartition(".")[0] for name in runtime_scales if "input" in name.rpartition(".")[2]}
+    fp4 = [w.module for w in packed if isinstance(w.decoder, Nvfp4Decoder)]
+    if _has_activations(config):
+        missing = [m for m in fp4 if m not in have]
+        if missing:
+            yield f"input scales are announced and missing, vLLM would serve garbage: {_shown(missing)}"
+    elif spare := [m for m in fp4 if m in have]:
+        yield f"weight-only is announced, input scales are stored all the same: {_shown(spare)}"

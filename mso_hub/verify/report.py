@@ -1,0 +1,57 @@
+"""What verify found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class TensorError:
+    """Distance of one weight from the source, both as numbers.
+
+    nmse     sum of squared differences / sum of squares of the source; 0 when both are zero
+    max_abs  largest |difference|
+    stored   how the weight is stored now
+    """
+
+    name: str
+    nmse: float
+    max_abs: float
+    stored: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Result of verify_checkpoint.
+
+    where      the checkpoint
+    problems   one sentence each; empty means that it passed
+    tensors    stored tensors
+    packed     weights stored packed
+    hashed     files whose SHA-256 equals the manifest's
+    units      fused units with two packed members or more, all of one global scale unless problems say otherwise
+    identical  dense tensors whose bytes equal the source's
+    errors     distance of every weight that changed
+    reference  what it was compared with byte by byte -> number of equal tensors
+    """
+
+    where: str
+    problems: tuple[str, ...]
+    tensors: int
+    packed: int
+    hashed: int
+    units: int
+    identical: int = 0
+    errors: tuple[TensorError, ...] = ()
+    reference: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"ok": self.ok, **asdict(self)}

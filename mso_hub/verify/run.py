@@ -1,0 +1,305 @@
+"""verify_checkpoint(): structure, hashes, config, scales, then the numbers against the source and a reference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mso_hub.checkpoint import Checkpoint, TensorInfo
+from mso_hub.engine.threads import default_workers
+from mso_hub.errors import CheckpointError, MsoError, PlanError, VerifyError
+from mso_hub.events import Listener, TensorDone, ignore
+from mso_hub.formats.detect import read_weights
+from mso_hub.formats.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.weight import Array, Reader, Weight, read_rows
+from mso_hub.plan.experts import is_fused_experts, split_experts
+from mso_hub.plan.fusion import units
+from mso_hub.plan.text import text_model
+from mso_hub.source import Source, open_source, read_checkpoint
+from mso_hub.verify.config import config_problems
+from mso_hub.verify.report import Report, TensorError
+
+MANIFEST = "mso_hub.json"
+CHUNK = 8 << 20
+ROWS = 480
+"""Row ranges are multiples of this: every decoder may start there."""
+PACKED_LIMIT = 0.05
+"""NMSE above which a packed weight counts as wrong; NVFP4 of Gaussian numbers has 0.009, INT4 channel-wise 0.03."""
+ROUNDED_LIMIT = 1e-4
+"""The same for a weight that was only decoded and rounded; BF16 has 3e-6."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint with its weights found."""
+
+    source: Source
+    checkpoint: Checkpoint
+    weights: Mapping[str, Weight]
+    runtime_scales: tuple[str, ...]
+
+
+def open_weights(where: str | Path | Source) -> Opened:
+    """Read all headers and find every weight; CheckpointError and PlanError as in planning."""
+    source = open_source(where) if isinstance(where, str | Path) else where
+    checkpoint = read_checkpoint(source)
+
+    def read_shape(info: TensorInfo) -> tuple[int, int]:
+        rows, columns = read_rows(source.read, info).reshape(-1).tolist()
+        return rows, columns
+
+    found: dict[str, Weight] = {}
+    runtime: list[str] = []
+    for group in checkpoint.groups:
+        weights, dropped = read_weights(group.tensors, checkpoint.config, read_shape, "BF16")
+        found.update((w.name, w) for w in weights)
+        runtime += dropped
+    return Opened(source, checkpoint, found, tuple(runtime))
+
+
+def verify_checkpoint(
+    where: str | Path | Source,
+    *,
+    source: str | Path | Source | None = None,
+    reference: str | Path | None = None,
+    on_event: Listener = ignore,
+) -> Report:
+    """Check a finished checkpoint.
+
+    source     where it came from: dequantized error per weight, equality of what was not to change
+    reference  "modelopt" (recomputes every NVFP4 weight with ModelOpt; needs `source`) or a checkpoint to compare
+               with byte by byte
+    Raises CheckpointError for headers that cannot be read at all; everything else is in `Report.problems`.
+    """
+    mine = open_weights(where)
+    weights = list(mine.weights.values())
+    problems, hashed = _check_manifest(mine.source)
+    problems += _index_problems(mine)
+    problems += config_problems(mine.checkpoint, weights, mine.runtime_scales)
+    shared, scale_problems = _check_scales(mine)
+    problems += scale_problems
+    identical, errors, equal = 0, [], {}
+    with ThreadPoolExecutor(default_workers()) as pool:
+        theirs = _like(open_weights(source), mine) if source is not None else None
+        if theirs is not None:
+            problems += _missing(mine, theirs)
+            pairs = [(w, theirs.weights[n]) for n, w in mine.weights.items() if n in theirs.weights]
+            for pair, outcome in zip(pairs, pool.map(lambda p: distance(mine, theirs, *p), pairs), strict=True):
+                on_event(TensorDone(pair[0].name, pair[1].nbytes))
+                identical += outcome is None
+                if outcome is not None:
+                    errors.append(outcome)
+                    problems += _too_far(outcome, pair[0])
+        if reference is not None:
+            equal, different = _compare_reference(mine, theirs, reference, pool)
+            problems += different
+    return Report(
+        mine.source.name, tuple(problems), sum(len(s.tensors) for s in mine.checkpoint.shards.values()),
+        sum(w.decoder is not None for w in weights), hashed, shared, identical, tuple(errors), equal,
+    )  # fmt: skip
+
+
+def _check_manifest(source: Source) -> tuple[list[str], int]:
+    """Files against the SHA-256 of mso_hub.json, where there is one: (problems, files that agree)."""
+    files = source.files()
+    if MANIFEST not in files:
+        return [], 0
+    problems, good = [], 0
+    try:
+        announced = json.loads(source.read(MANIFEST, 0, files[MANIFEST]).tobytes())["files"].items()
+        for name, entry in announced:
+            if files.get(name) != entry["nbytes"]:
+                problems.append(f"{name}: had {entry['nbytes']:,} bytes when it was written, found {files.get(name)}")
+            elif _sha256(source, name, files[name]) != entry["sha256"]:
+                problems.append(f"{name}: its SHA-256 differs from {MANIFEST}; the file changed after it was written")
+            else:
+                good += 1
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problems.append(f"{MANIFEST}: not a manifest of this tool ({error!r})")
+    return problems, good
+
+
+def _sha256(source: Source, name: str, size: int) -> str:
+    digest = hashlib.sha256()
+    for begin in range(0, size, CHUNK):
+        digest.update(source.read(name, begin, min(begin + CHUNK, size)))
+    return digest.hexdigest()
+
+
+def _index_problems(mine: Opened) -> Iterator[str]:
+    """total_size of every index against the tensors that it lists."""
+    for group in mine.checkpoint.groups:
+        if group.index is None:
+            continue
+        raw = mine.source.read(group.index, 0, mine.source.files()[group.index]).tobytes()
+        said = (json.loads(raw).get("metadata") or {}).get("total_size")
+        found = sum(group.tensors[name].nbytes for name in group.indexed)
+        if said is not None and said != found:
+            yield f"{group.index}: total_size says {said:,} bytes, its tensors have {found:,}"
+
+
+def global_scale(mine: Opened, weight: Weight) -> float:
+    return float(read_rows(mine.source.read, weight.parts["global"]).reshape(-1)[0])
+
+
+def _check_scales(mine: Opened) -> tuple[int, list[str]]:
+    """Global scales finite, positive and equal within every fused unit; block scales without NaN."""
+    packed = {w.module: w for w in mine.weights.values() if isinstance(w.decoder, Nvfp4Decoder)}
+    scales = {module: global_scale(mine, weight) for module, weight in packed.items()}
+    problems = [
+        f"{module}: the global scale must be finite and > 0, found {scale}"
+        for module, scale in scales.items() if not 0 < scale < math.inf
+    ]  # fmt: skip
+    for module, weight in packed.items():
+        info = weight.parts["scale"]
+        for begin in range(info.begin, info.end, CHUNK):
+            codes = mine.source.read(info.file, begin, min(begin + CHUNK, info.end))
+            if np.any((codes & 0x7F) == 0x7F):
+                problems.append(f"{module}: a block scale is NaN")
+                break
+    shared = units(packed)
+    for key, members in shared.items():
+        found = {scales[m] for m in members}
+        if len(found) > 1:
+            listed = ", ".join(f"{m.rpartition('.')[2]} {scales[m]:.6g}" for m in members)
+            problems.append(f"{key}: engines keep one global scale for all members, found {listed}")
+    return len(shared), problems
+
+
+def _like(theirs: Opened, mine: Opened) -> Opened:
+    """The source under the names of the output: vision parts dropped, fused experts split, where that was done."""
+    weights = dict(theirs.weights)
+    config = theirs.checkpoint.config
+    if len(mine.weights.keys() & weights.keys()) < len(mine.weights) // 2:
+        try:
+            text = text_model(config, {n: w.shape for n, w in weights.items()})
+            weights = {text.names[n]: replace(w, name=text.names[n]) for n, w in weights.items() if n in text.names}
+            config = text.config
+        except PlanError:
+            pass  # not a multimodal source: the names really differ, and that is reported as missing weights
+    for weight in [w for n, w in weights.items() if is_fused_experts(w) and n not in mine.weights]:
+        del weights[weight.name]
+        weights.update((part.name, part) for part in split_experts(weight, config, theirs.weights))
+    return replace(theirs, weights=weights)
+
+
+def _missing(mine: Opened, theirs: Opened) -> Iterator[str]:
+    for label, names in (
+        ("weights of the source are missing", [n for n in theirs.weights if n not in mine.weights]),
+        ("weights are not in the source", [n for n in mine.weights if n not in theirs.weights]),
+    ):
+        if names:
+            yield f"{len(names)} {label}, the first is {names[0]}"
+
+
+def _row_ranges(*weights: Weight) -> list[tuple[int, int]]:
+    """Row ranges of about CHUNK bytes of float32 that suit the decoders of all weights."""
+    rows = weights[0].shape[0] if weights[0].shape else 1
+    if any(w.decoder is not None and w.decoder.row_step == 0 for w in weights):
+        return [(0, rows)]
+    per_row = max(1, 4 * math.prod(weights[0].shape[1:]))
+    height = max(1, CHUNK // per_row // ROWS) * ROWS
+    return [(at, min(at + height, rows)) for at in range(0, rows, height)]
+
+
+def _numbers(weight: Weight, read: Reader, start: int, stop: int) -> Array:
+    from mso_hub.formats.numerics.floats import widen  # noqa: PLC0415 - numba loads on first use
+
+    values, dtype = weight.values(weight.load(read, start, stop), start, stop)
+    return widen(values, dtype)
+
+
+def distance(mine: Opened, theirs: Opened, now: Weight, before: Weight) -> TensorError | None:
+    """Error of one weight, None when both are stored alike and their bytes are equal."""
+    stored = now.decoder.name if now.decoder else now.dtype
+    if now.shape != before.shape:
+        return TensorError(now.name, math.inf, math.inf, f"{stored} {list(now.shape)}, source {list(before.shape)}")
+    ranges = _row_ranges(now, before)
+    if now.decoder is None and before.decoder is None and now.dtype == before.dtype:
+        loads = ((now.load(mine.source.read, *r), before.load(theirs.source.read, *r)) for r in ranges)
+        if all(np.array_equal(a["weight"].view(np.uint8), b["weight"].view(np.uint8)) for a, b in loads):
+            return None
+    error = energy = largest = 0.0
+    for start, stop in ranges:
+        reference = _numbers(before, theirs.source.read, start, stop)
+        difference = _numbers(now, mine.source.read, start, stop) - reference
+        error += float(np.square(difference, dtype=np.float64).sum())
+        energy += float(np.square(reference, dtype=np.float64).sum())
+        largest = max(largest, float(np.abs(difference).max(initial=0)))
+    nmse = error / energy if energy > 0 else (0.0 if error == 0 else math.inf)
+    return TensorError(now.name, nmse, largest, stored)
+
+
+def _too_far(error: TensorError, weight: Weight) -> list[str]:
+    limit = PACKED_LIMIT if weight.decoder is not None else ROUNDED_LIMIT
+    if error.nmse <= limit:
+        return []
+    return [f"{error.name}: relative squared error {error.nmse:.3g} ({error.stored}), at most {limit} is plausible"]
+
+
+def _compare_reference(
+    mine: Opened, theirs: Opened | None, reference: str | Path, pool: ThreadPoolExecutor
+) -> tuple[dict[str, int], list[str]]:
+    """Byte comparison with ModelOpt's own quantizer or with another checkpoint."""
+    if reference == "modelopt":
+        if theirs is None:
+            raise VerifyError("--reference modelopt recomputes the weights from the source; give --source too")
+        return _compare_modelopt(mine, theirs)
+    other = open_source(reference)
+    tensors = {i.name: i for s in read_checkpoint(other).shards.values() for i in s.tensors}
+    own = [i for s in mine.checkpoint.shards.values() for i in s.tensors]
+    problems = [f"{i.name}: not in {reference}" for i in own if i.name not in tensors]
+    problems += [f"{n}: only in {reference}" for n in sorted(set(tensors) - {i.name for i in own})]
+    both = [i for i in own if i.name in tensors]
+    outcomes = pool.map(lambda i: _first_difference(mine.source, i, other, tensors[i.name]), both)
+    different = [outcome for outcome in outcomes if outcome is not None]
+    return {str(reference): len(both) - len(different)}, problems + different
+
+
+def _first_difference(source: Source, info: TensorInfo, other: Source, their: TensorInfo) -> str | None:
+    if (info.dtype, info.shape) != (their.dtype, their.shape):
+        return f"{info.name}: {info.dtype} {list(info.shape)}, the reference has {their.dtype} {list(their.shape)}"
+    for at in range(0, info.nbytes, CHUNK):
+        stop = min(at + CHUNK, info.nbytes)
+        a = source.read(info.file, info.begin + at, info.begin + stop)
+        b = other.read(their.file, their.begin + at, their.begin + stop)
+        if not np.array_equal(a, b):
+            first = at + int(np.flatnonzero(a != b)[0])
+            return f"{info.name}: differs from the reference from byte {first:,} of {info.nbytes:,} on"
+    return None
+
+
+def _compare_modelopt(mine: Opened, theirs: Opened) -> tuple[dict[str, int], list[str]]:
+    """Codes and block scales against NVFP4QTensor.quantize, one fused unit after the other."""
+    from mso_hub.formats.numerics import floats, modelopt, nvfp4  # noqa: PLC0415 - optional and slow
+
+    packed = {
+        w.module: w for w in mine.weights.values() if isinstance(w.decoder, Nvfp4Decoder) and w.name in theirs.weights
+    }
+    shared = units(packed)
+    alone = packed.keys() - {m for members in shared.values() for m in members}
+    equal, problems = 0, []
+    for members in [*shared.values(), *((m,) for m in sorted(alone))]:
+        originals = [theirs.weights[packed[m].name] for m in members]
+        values = [_whole(w, theirs.source.read) for w in originals]
+        amax = max(floats.amax(v, dtype) for v, dtype in values)
+        for module, (value, dtype) in zip(members, values, strict=True):
+            stored = packed[module].load(mine.source.read, 0, packed[module].shape[0])
+            codes, scale = modelopt.encode(value, dtype, nvfp4.global_scale(amax))
+            wrong = int(np.count_nonzero(stored["codes"] != codes)) + int(np.count_nonzero(stored["scale"] != scale))
+            equal += wrong == 0
+            if wrong:
+                problems.append(f"{module}: {wrong:,} bytes differ from ModelOpt's codes and scales")
+    return {"modelopt": equal}, problems
+
+
+def _whole(weight: Weight, read: Reader) -> tuple[Array, str]:
+    rows = weight.shape[0]
+    return weight.values(weight.load(read, 0, rows), 0, rows)
