@@ -74,6 +74,6 @@ def __getattr__(name: str) -> Any:
     """Public names, imported on first use: `mso-hub --help` should not wait for numpy."""
     if name not in _HOME:
         raise AttributeError(f"module 'mso_hub' has no attribute {name!r}")
-    from importlib import import_module  # noqa: PLC0415
+    from importlib import import_module
 
     return getattr(import_module(f"mso_hub.{_HOME[name]}"), name)

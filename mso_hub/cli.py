@@ -62,7 +62,12 @@ RUN = several(
     opt("fresh", is_flag=True, help="Discard an earlier output of this tool, finished or not, and start over."),
     opt("workers", type=click.IntRange(1), metavar="N", help="Threads; all processors by default."),
     opt("memory_budget", default="448MiB", metavar="SIZE", help="Weights held in memory at once [448MiB]."),
-    opt("progress", type=click.Choice(["bar", "json", "none"]), default="bar", help="Bar, or one JSON event a line."),
+    opt(
+        "progress",
+        type=click.Choice(["bar", "json", "none"]),
+        default="bar",
+        help="Bar, or one JSON event a line.",
+    ),
     opt("quiet", is_flag=True, help="Print errors only."),
     opt("device", default="cpu", hidden=True),
     opt("num_gpus", type=int, default=0, hidden=True),
@@ -77,8 +82,8 @@ SCHEME = several(
     opt("exclude", multiple=True, metavar="PATTERN", help="The same as --ignore."),
     opt("exclude_config", metavar="FILE", help="Config of a reference model whose exclude list is honoured too."),
     opt("no_default_ignore", is_flag=True, help="Offer embeddings, heads, routers, vision and MTP to the targets too."),
-    opt("input_scale", metavar="X", help="W4A4: activation scale for all modules (1.0), or a checkpoint to take them from."),
-    opt("scale_search", default="absmax", metavar="HOW", help="absmax (ModelOpt's bytes, default) or mse (lower error)."),
+    opt("input_scale", metavar="X", help="W4A4: activation scale for all modules (1.0), or a checkpoint that has them."),
+    opt("scale_search", default="absmax", metavar="HOW", help="absmax (ModelOpt's bytes) or mse (lower error) [absmax]."),
     opt("text_only", is_flag=True, help="Leave vision and audio parts out; flatten names and config."),
     opt("block_size", type=int, default=16, hidden=True),
 )  # fmt: skip
@@ -200,7 +205,12 @@ def quantize(calibrate: bool, calib_size: int | None, calib_dataset: str | None,
 
 @main.command()
 @several(SOURCE, TARGET, RUN)
-@opt("dtype", default="bf16", type=click.Choice(["bf16", "fp16", "fp32"]), help="What packed weights become [bf16].")
+@opt(
+    "dtype",
+    default="bf16",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="What packed weights become [bf16].",
+)
 @opt("text_only", is_flag=True, help="Leave vision and audio parts out; flatten names and config.")
 def decompress(dtype: str, text_only: bool, **options: Any) -> None:
     """Write packed weights (INT4, INT8, NVFP4) as BF16."""

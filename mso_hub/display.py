@@ -98,12 +98,12 @@ def plan_text(plan: Plan) -> str:
         changed,
         stays,
         table(
-            [(key, n, ", ".join(sorted({w.module.rpartition('.')[2] for w in _members(plan, key)})))
+            [(key, n, ", ".join(sorted({w.module.rpartition(".")[2] for w in _members(plan, key)})))
              for key, n in sorted(fused.items())],
             ("one scale for", "count", "members"),
         ) if fused else "",
-        f"size    {size(plan.read_bytes)} -> {size(plan.write_bytes)} ({ratio:.0%}) in {len(plan.shards)} shards, "
-        f"{len(plan.carried)} files carried along",
+        f"size    {size(plan.read_bytes)} -> {size(plan.write_bytes)} ({ratio:.0%})",
+        f"files   {len(plan.shards)} shards written, {len(plan.carried)} files carried along",
         *(f"note    {note}" for note in plan.notes),
     ]  # fmt: skip
     return "\n\n".join(block for block in blocks if block)
@@ -125,9 +125,7 @@ def inspect_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         "name": checkpoint.name,
         "architectures": checkpoint.config.get("architectures"),
         "model_type": checkpoint.config.get("model_type"),
-        "quantization": [
-            {k: c.get(k) for k in ("quant_method", "quant_algo", "format") if c.get(k)} for c in configs
-        ],
+        "quantization": [{k: c.get(k) for k in ("quant_method", "quant_algo", "format") if c.get(k)} for c in configs],
         "dtypes": {d: {"tensors": n, "nbytes": b} for d, (n, b) in sorted(by_dtype.items())},
         "indices": [g.index for g in checkpoint.groups if g.index],
         "shards": {s.name: {"tensors": len(s.tensors), "nbytes": s.nbytes} for s in checkpoint.shards.values()},
@@ -151,8 +149,8 @@ def inspect_text(checkpoint: Checkpoint) -> str:
 def report_text(report: Report) -> str:
     """What `mso-hub verify` prints."""
     lines = [
-        f"{report.where}: {report.tensors:,} tensors, {report.packed:,} packed weights, {report.hashed} files with the "
-        "SHA-256 of the manifest"
+        f"{report.where}: {report.tensors:,} tensors, {report.packed:,} packed weights",
+        f"files with the SHA-256 of the manifest: {report.hashed:,}",
     ]
     if report.units:
         bad = sum("one global scale" in problem for problem in report.problems)
@@ -180,10 +178,9 @@ def report_text(report: Report) -> str:
 def comparison_text(comparison: Comparison) -> str:
     """What `mso-hub compare` prints."""
     a, b = comparison.names
-    blocks = [
-        f"A {a}\nB {b}\n{comparison.common:,} weights in both ({comparison.identical:,} equal byte for byte), "
-        f"{len(comparison.only[0]):,} only in A, {len(comparison.only[1]):,} only in B"
-    ]
+    only = f"{len(comparison.only[0]):,} only in A, {len(comparison.only[1]):,} only in B"
+    both = f"{comparison.common:,} weights in both ({comparison.identical:,} equal byte for byte)"
+    blocks = [f"A {a}\nB {b}\n{both}, {only}"]
     rows = [
         (label, kind, *(f"{q:.4g}" for q in quantiles))
         for label, scales in zip("AB", comparison.scales, strict=True) for kind, quantiles in scales.items()

@@ -1,13 +1,13 @@
 """One exception tree. Each message names the thing, the limit, what was found and the way out.
 
-    MsoError               anything this package refuses to do; the CLI prints it and exits with code 2
-    |-- CheckpointError    the input is broken: header, index, offsets, names
-    |-- RecipeError        the settings contradict themselves or name something that does not exist
-    |-- PlanError          the settings do not fit this checkpoint; nothing was written
-    |-- NonFiniteError     a weight holds NaN or Inf
-    |-- SinkError          the output cannot be written: permission, space, something in the way
-    |-- ResumeError        an unfinished run lies there that this one must not continue
-    `-- VerifyError        a finished checkpoint does not hold what it promises
+MsoError               anything this package refuses to do; the CLI prints it and exits with code 2
+|-- CheckpointError    the input is broken: header, index, offsets, names
+|-- RecipeError        the settings contradict themselves or name something that does not exist
+|-- PlanError          the settings do not fit this checkpoint; nothing was written
+|-- NonFiniteError     a weight holds NaN or Inf
+|-- SinkError          the output cannot be written: permission, space, something in the way
+|-- ResumeError        an unfinished run lies there that this one must not continue
+`-- VerifyError        a finished checkpoint does not hold what it promises
 """
 
 from __future__ import annotations

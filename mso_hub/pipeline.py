@@ -1,10 +1,10 @@
 """START HERE: convert() = source -> plan -> engine -> sink.
 
-    read_checkpoint   every header, index and config of the source
-    make_plan         what will be written, byte for byte, and what cannot be
-    sink.begin        last cheap moment to fail; what an earlier run completed
-    engine.run        read, encode or decode, hand out pieces in file order
-    sink.commit       everything becomes visible at once
+read_checkpoint   every header, index and config of the source
+make_plan         what will be written, byte for byte, and what cannot be
+sink.begin        last cheap moment to fail; what an earlier run completed
+engine.run        read, encode or decode, hand out pieces in file order
+sink.commit       everything becomes visible at once
 """
 
 from __future__ import annotations

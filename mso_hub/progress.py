@@ -13,7 +13,7 @@ class Bar:
     """One bar over the source's bytes: amount, rate, time left, and how many shards are complete."""
 
     def __init__(self) -> None:
-        from tqdm import tqdm  # noqa: PLC0415 - not needed by --help
+        from tqdm import tqdm  # not needed by --help
 
         self._bar = tqdm(unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True, leave=True)
         self._shards = 0
@@ -45,4 +45,6 @@ def json_line(event: Event) -> None:
 
 def listener(kind: str) -> Listener:
     """`bar`, `json` or `none` -> Listener."""
-    return {"bar": Bar, "json": lambda: json_line, "none": lambda: ignore}[kind]()  # type: ignore[no-any-return,no-untyped-call]
+    if kind == "bar":
+        return Bar()
+    return json_line if kind == "json" else ignore

@@ -114,7 +114,10 @@ class _Run:
             for at, block in enumerate(loaded.blocks):
                 values = loaded.values[at] if loaded.values is not None else None
                 if loaded.values is not None:
-                    loaded.values[at] = (_NOTHING, "")  # the task owns the block now: memory goes when it is done
+                    loaded.values[at] = (
+                        _NOTHING,
+                        "",
+                    )  # the task owns the block now: memory goes when it is done
                 future = self._pool.submit(self._finish, loaded.step, block, values, loaded.amax)
                 last = at + 1 == len(loaded.blocks)
                 pending.append((shard, loaded.step, last, loaded.amax, future))
@@ -180,7 +183,7 @@ class _Run:
         return [[submit(self._load, s.weight, block) for block in s.weight.blocks(BLOCK)] for s in steps]
 
     def _load(self, weight: Weight, block: Block) -> tuple[Array, str, float]:
-        from mso_hub.formats.numerics import floats  # noqa: PLC0415 - numba loads on first use
+        from mso_hub.formats.numerics import floats
 
         values, dtype = weight.values(weight.load(self._read, *block), *block)
         return values, dtype, floats.amax(values, dtype)
@@ -236,7 +239,7 @@ class _Run:
 
     def _refuse(self, weight: Weight) -> None:
         """Find the first NaN or Inf and name it."""
-        from mso_hub.formats.numerics import floats  # noqa: PLC0415 - numba loads on first use
+        from mso_hub.formats.numerics import floats
 
         for start, stop in weight.blocks(BLOCK):
             values, dtype = weight.values(weight.load(self._read, start, stop), start, stop)

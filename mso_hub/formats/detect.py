@@ -28,7 +28,9 @@ PACKED_NAME = re.compile(
 """Never part of a dense checkpoint."""
 SUSPECT_NAME = re.compile(r"[._](scales?|g_idx|blocks|absmax|quant_map|quant_state\S*|SCB|pre_quant_scale|scale_inv)$")
 """Part of a packed weight where the config says that there are some; an ordinary name elsewhere."""
-UNDECODED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"})
+UNDECODED_DTYPES = frozenset(
+    {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"}
+)
 
 
 def quantization_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -60,7 +62,11 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _packed(
-    module: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], read_shape: ReadShape, dtype: str
+    module: str,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    read_shape: ReadShape,
+    dtype: str,
 ) -> Weight:
     """A module that has weight_packed."""
     stored = {role: tensors[f"{module}.{s}"] for s, role in ROLES.items() if f"{module}.{s}" in tensors}

@@ -39,7 +39,7 @@ class Nvfp4:
 
     @property
     def _suffixes(self) -> Mapping[str, str]:
-        return (modelopt if self.layout == "modelopt" else compressed_tensors).NVFP4_SUFFIXES
+        return modelopt.NVFP4_SUFFIXES if self.layout == "modelopt" else compressed_tensors.NVFP4_SUFFIXES
 
     def problem(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be NVFP4, or None."""
@@ -69,18 +69,27 @@ class Nvfp4:
         values  BF16 bits, F16 or F32 as `dtype` says
         amax    largest |w| over every tensor of the unit
         """
-        from mso_hub.formats.numerics import nvfp4  # noqa: PLC0415 - numba loads on first use
+        from mso_hub.formats.numerics import nvfp4
 
-        return nvfp4.encode(values, dtype, nvfp4.global_scale(amax), search=self.search)
+        return nvfp4.encode(values, dtype, self._global_scale(amax), search=self.search)
+
+    def _global_scale(self, amax: float) -> np.float32:
+        """The unit's multiplier; 1.0 where its reciprocal, which compressed-tensors stores, would be infinite.
+
+        That happens below amax 8e-36: the codes are all zero then.
+        """
+        from mso_hub.formats.numerics import nvfp4
+
+        scale = nvfp4.global_scale(amax)
+        tiny = self.layout == "compressed-tensors" and scale < 1 / np.finfo(np.float32).max
+        return np.float32(1) if tiny else scale
 
     def scalars(self, amax: float, input_scale: float | None) -> tuple[Array, ...]:
         """Global scale and, for W4A4, activation scale as this layout stores them: F32, one element each.
 
         ModelOpt stores multipliers, compressed-tensors their reciprocals.
         """
-        from mso_hub.formats.numerics import nvfp4  # noqa: PLC0415 - numba loads on first use
-
-        multipliers = [nvfp4.global_scale(amax)]
+        multipliers = [self._global_scale(amax)]
         if input_scale is not None:
             multipliers.append(np.float32(input_scale))
         if self.layout == "compressed-tensors":
@@ -89,8 +98,9 @@ class Nvfp4:
 
     def config(self, ignore: Iterable[str], *, activations: bool) -> dict[str, Any]:
         """`quantization_config` for config.json."""
-        dialect = modelopt if self.layout == "modelopt" else compressed_tensors
-        return dialect.nvfp4_config(ignore, activations=activations)
+        if self.layout == "modelopt":
+            return modelopt.nvfp4_config(ignore, activations=activations)
+        return compressed_tensors.nvfp4_config(ignore, activations=activations)
 
     def extra_files(self, ignore: Iterable[str], *, activations: bool) -> dict[str, dict[str, Any]]:
         """JSON files beside config.json that this layout needs."""
@@ -121,7 +131,7 @@ class Nvfp4Decoder:
 
     def decode(self, parts: Mapping[str, Array], start: int, stop: int, dtype: str) -> Array:
         """Rows in `dtype`: e2m1 * (scale * global) for ModelOpt, e2m1 * (scale / global) for compressed-tensors."""
-        from mso_hub.formats.numerics import nvfp4  # noqa: PLC0415 - numba loads on first use
+        from mso_hub.formats.numerics import nvfp4
 
         decode = nvfp4.decode if self.layout == "modelopt" else nvfp4.decode_divided
         return decode(parts["codes"], parts["scale"], np.float32(parts["global"].reshape(-1)[0]), dtype)

@@ -26,12 +26,14 @@ class PackedInt:
     """How one weight is packed.
 
     bits, columns  width of a code; logical K
+    group_size     columns per scale, None for one scale a row
     dense          codes straddle words (3, 5, 6, 7 bits since compressed-tensors 0.16) or leave their top bits empty
     scale_dtype    dtype of weight_scale
     """
 
     bits: int
     columns: int
+    group_size: int | None
     dense: bool
     scale_dtype: str
 
@@ -58,7 +60,7 @@ class PackedInt:
 
     def decode(self, parts: Mapping[str, Array], start: int, stop: int, dtype: str) -> Array:
         """Rows in `dtype`, (code - zero_point) * scale in fp32, rounded once."""
-        from mso_hub.formats.numerics import floats, integer  # noqa: PLC0415 - numba loads on first use
+        from mso_hub.formats.numerics import floats, integer
 
         if "shape" in parts and int(parts["shape"].reshape(-1)[1]) != self.columns:
             raise CheckpointError(
@@ -71,8 +73,7 @@ class PackedInt:
         scale = floats.widen(parts["scale"], self.scale_dtype)
         return integer.decode(
             parts["packed"], scale, zero_point, parts.get("g_idx"),
-            bits=self.bits, group_size=-(-self.columns // scale.shape[1]), cols=self.columns,
-            dense=self.dense, dtype=dtype,
+            bits=self.bits, group_size=self.group_size, cols=self.columns, dense=self.dense, dtype=dtype,
         )  # fmt: skip
 
 
@@ -87,7 +88,9 @@ def _columns(module: str, parts: Mapping[str, TensorInfo], bits: int, group: int
         rows, columns = read_shape(parts["shape"])
         if rows == parts["packed"].shape[0] and columns > 0:
             return columns
-        raise CheckpointError(f"{module}.weight_shape says {[rows, columns]}, {parts['packed'].shape[0]} rows are stored")
+        raise CheckpointError(
+            f"{module}.weight_shape says {[rows, columns]}, {parts['packed'].shape[0]} rows are stored"
+        )
     raise CheckpointError(
         f"{module}: {words} packed words and {groups} groups do not say how many columns there are, and "
         "weight_shape is missing; the checkpoint is incomplete"
@@ -116,10 +119,17 @@ def packed_int(
     if scale.dtype not in FLOAT_DTYPES:
         raise PlanError(f"{module}.weight_scale: must be one of {', '.join(FLOAT_DTYPES)}, got {scale.dtype}")
     columns = _columns(module, parts, bits, group, read_shape)
-    words = packed.shape[1]
-    dense = words == math.ceil(columns * bits / 32)
-    if not dense and words != math.ceil(columns / (32 // bits)):
-        raise CheckpointError(f"{module}: {columns} columns of {bits} bits do not fill {words} words of 32 bits")
+    words, groups = packed.shape[1], scale.shape[1]
+    dense, padded = words == math.ceil(columns * bits / 32), words == math.ceil(columns / (32 // bits))
+    if not (dense or padded) or (dense and padded and 32 % bits):
+        why = "could be packed in two ways" if dense else f"do not fill {words} words of 32 bits"
+        raise CheckpointError(f"{module}: {columns} columns of {bits} bits {why}; `ignore` cannot help, repack it")
+    grouped = group > 0 and groups > 1
+    if groups != (math.ceil(columns / group) if grouped else 1):
+        raise CheckpointError(f"{module}: {columns} columns in groups of {group} do not make {groups} scales a row")
     if "zero_point" not in parts and args.get("symmetric") is False:
         raise CheckpointError(f"{module}: the config says asymmetric, weight_zero_point is missing")
-    return PackedInt(bits, columns, dense, scale.dtype), (packed.shape[0], columns)
+    return PackedInt(bits, columns, group if grouped else None, dense, scale.dtype), (
+        packed.shape[0],
+        columns,
+    )

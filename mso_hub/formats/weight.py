@@ -111,8 +111,10 @@ def read_rows(read: Reader, info: TensorInfo, rows: tuple[int, int] | None = Non
         row = info.nbytes // max(1, shape[0])
         begin, end = info.begin + rows[0] * row, info.begin + rows[1] * row
         shape = (rows[1] - rows[0], *shape[1:])
-    return read(info.file, begin, end).view(NUMPY.get(info.dtype, np.uint8)).reshape(
-        shape if info.dtype in NUMPY else (-1,)
+    return (
+        read(info.file, begin, end)
+        .view(NUMPY.get(info.dtype, np.uint8))
+        .reshape(shape if info.dtype in NUMPY else (-1,))
     )
 
 
@@ -143,7 +145,7 @@ class Transposed:
 
     def decode(self, parts: Mapping[str, Array], start: int, stop: int, dtype: str) -> Array:
         """The numbers, turned."""
-        from mso_hub.formats.numerics.floats import narrow, widen  # noqa: PLC0415 - numba loads on first use
+        from mso_hub.formats.numerics.floats import narrow, widen
 
         columns = parts["weight"][:, self.first + start : self.first + stop]
         turned = np.ascontiguousarray(columns.T)

@@ -12,8 +12,15 @@ from mso_hub.plan.fusion import units
 from mso_hub.plan.select import EXPERT, is_linear
 
 QUANTIZATION_FILES = frozenset(
-    "hf_quant_config.json quant_config.json quantization_config.json quantize_config.json "
-    "recipe.yaml recipe.yml mso_hub.json".split()
+    [
+        "hf_quant_config.json",
+        "quant_config.json",
+        "quantization_config.json",
+        "quantize_config.json",
+        "recipe.yaml",
+        "recipe.yml",
+        "mso_hub.json",
+    ]
 )
 """Describe how the source was quantized: false for the output."""
 OTHER_WEIGHTS = re.compile(
@@ -26,7 +33,8 @@ PROCESSOR_FILES = re.compile(r"(^|/)(\w*processor_config|image_processor\w*|vide
 
 def carried_files(files: Mapping[str, int], *, text_only: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Files of the source -> (those that come along unchanged, those that stay behind)."""
-    carried, behind = [], []
+    carried: list[str] = []
+    behind: list[str] = []
     for name in files:
         if name == "config.json":
             continue

@@ -15,11 +15,23 @@ SEARCHES = ("absmax", "mse")
 MODES = ("mlp", "all-linear")
 
 MLP_LEAVES = frozenset(
-    "gate_proj up_proj down_proj gate_up_proj w1 w2 w3 w13 fc1 fc2 c_fc dense_h_to_4h dense_4h_to_h".split()
+    [
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "gate_up_proj",
+        "w1",
+        "w2",
+        "w3",
+        "w13",
+        "fc1",
+        "fc2",
+        "c_fc",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    ]
 )
-MLP_PARENT = re.compile(
-    r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe|moe|experts|shared_experts?|share_expert)(\.|$)"
-)
+MLP_PARENT = re.compile(r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe|moe|experts|shared_experts?|share_expert)(\.|$)")
 """Path components under which a linear layer belongs to the feed-forward part, in every family we know."""
 
 DEFAULT_IGNORE: dict[str, re.Pattern[str]] = {
@@ -83,7 +95,10 @@ class Recipe:
         ):
             if value not in known:
                 raise RecipeError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        for scale in (*((self.input_scale,) if self.input_scale is not None else ()), *self.input_scales.values()):
+        for scale in (
+            *((self.input_scale,) if self.input_scale is not None else ()),
+            *self.input_scales.values(),
+        ):
             if not 0 < scale < float("inf"):
                 raise RecipeError(f"input_scale must be a finite number > 0, got {scale}")
 

@@ -48,6 +48,4 @@ def exclude_patterns(where: str | Path) -> list[str]:
             raise RecipeError(f"{candidate}: not valid JSON: {error}; fetch it again") from error
         if patterns:
             return patterns
-    raise RecipeError(
-        f"{where}: has none of the lists {', '.join(LISTS)}; give the config of a quantized model"
-    )
+    raise RecipeError(f"{where}: has none of the lists {', '.join(LISTS)}; give the config of a quantized model")

@@ -195,9 +195,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"known to load it (known: {', '.join(CAUSAL_LM)}); keep the vision part (leave out text_only)"
         )
     model_type, architecture = CAUSAL_LM[source_type]
-    fields = {
-        key: value for key, value in nested.items() if key not in _DROPPED and not _NOT_TEXT_FIELD.match(key)
-    }
+    fields = {key: value for key, value in nested.items() if key not in _DROPPED and not _NOT_TEXT_FIELD.match(key)}
     if any(config.get(key) is not None for key in _DTYPE):
         fields = {key: value for key, value in fields.items() if key not in _DTYPE}
     fields |= {key: config[key] for key in _SHARED + _DTYPE if config.get(key) is not None}

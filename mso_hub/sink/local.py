@@ -1,8 +1,8 @@
 """A folder as a sink: everything is built in a hidden folder beside it and appears by one rename.
 
-    parent/.NAME.mso-partial/   shards and files as they are made
-    parent/.NAME.mso-journal    what of them is complete; its lock keeps a second run out
-    parent/NAME/                the finished checkpoint, from one moment to the next
+parent/.NAME.mso-partial/   shards and files as they are made
+parent/.NAME.mso-journal    what of them is complete; its lock keeps a second run out
+parent/NAME/                the finished checkpoint, from one moment to the next
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from mso_hub.errors import ResumeError, SinkError
 from mso_hub.formats.weight import Array
@@ -29,14 +29,14 @@ RESERVE = 1 << 20
 class _HashingFile:
     """Appends to a file and hashes what it appends."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: FileIO) -> None:
         self._file = file
         self.sha = hashlib.sha256()
         self.nbytes = 0
 
     def write(self, data: bytes | Array) -> None:
         """Append bytes; a short write (full disk) raises."""
-        view = memoryview(data).cast("B")
+        view = memoryview(data if isinstance(data, bytes) else data.data).cast("B")
         self.sha.update(view)
         self.nbytes += len(view)
         while len(view):
@@ -153,9 +153,9 @@ class LocalSink:
         done = {}
         for name, entry in self._open_journal.files.items():
             path = self.staging / name
-            if name in sizes and path.is_file() and path.stat().st_size == entry.nbytes == sizes[name]:
-                if _sha256(path) == entry.sha256:
-                    done[name] = entry
+            whole = name in sizes and path.is_file() and path.stat().st_size == entry.nbytes == sizes[name]
+            if whole and _sha256(path) == entry.sha256:
+                done[name] = entry
         return done
 
     def _require_space(self, needed: int) -> None:
@@ -173,7 +173,7 @@ class LocalSink:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb", buffering=0) as raw:
-                writer = _HashingFile(raw)  # type: ignore[arg-type]  # unbuffered: a raw FileIO
+                writer = _HashingFile(raw)
                 yield writer
                 os.fsync(raw.fileno())
         except OSError as error:
@@ -201,7 +201,7 @@ class LocalSink:
                 os.fsync(file.fileno())
             for folder in {path.parent for path in self.staging.rglob("*")}:
                 _sync_folder(folder)
-            os.rename(self.staging, self._target)
+            self.staging.rename(self._target)
             _sync_folder(self._target.parent)
             self.journal.unlink()
         except OSError as error:

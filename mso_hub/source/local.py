@@ -39,7 +39,7 @@ class LocalSource:
                 if path.is_file():
                     found[path.relative_to(self._folder).as_posix()] = path.stat().st_size
                 elif path.is_symlink():
-                    raise CheckpointError(f"{path}: the link points at {os.readlink(path)!r}, which does not exist")
+                    raise CheckpointError(f"{path}: the link points at {str(path.readlink())!r}, which does not exist")
         return found
 
     def stamp(self, file: str) -> str:

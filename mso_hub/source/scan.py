@@ -94,9 +94,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
     Raises CheckpointError for a header that lies, an index that points nowhere or a tensor held twice.
     """
     files = source.files()
-    shards = {
-        name: read_shard(source, name, size) for name, size in files.items() if name.endswith(".safetensors")
-    }
+    shards = {name: read_shard(source, name, size) for name, size in files.items() if name.endswith(".safetensors")}
     if not shards:
         raise CheckpointError(
             f"{source.name}: needs at least one .safetensors file, found {len(files)} other files; "

@@ -44,7 +44,7 @@ class Comparison:
 
 
 def _scale_quantiles(opened: Opened) -> dict[str, tuple[float, ...]]:
-    from mso_hub.formats.numerics.floats import E4M3  # noqa: PLC0415 - numba loads on first use
+    from mso_hub.formats.numerics.floats import E4M3
 
     multipliers: list[float] = []
     counts = np.zeros(256, np.int64)
@@ -77,7 +77,10 @@ def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
     return Comparison(
         (str(first), str(second)),
         len(common),
-        (tuple(n for n in a.weights if n not in b.weights), tuple(n for n in b.weights if n not in a.weights)),
+        (
+            tuple(n for n in a.weights if n not in b.weights),
+            tuple(n for n in b.weights if n not in a.weights),
+        ),
         len(common) - len(errors),
         errors,
         (_scale_quantiles(a), _scale_quantiles(b)),

@@ -65,14 +65,12 @@ def config_problems(checkpoint: Checkpoint, weights: Sequence[Weight], runtime_s
         if w.dtype in FLOAT_DTYPES and default_reason(w.module) != "embedding" and not is_ignored(config, w.module)
     ]  # fmt: skip
     if open_ones:
-        yield f"config.json: modules are stored dense and are not in ignore, loaders expect them packed: {_shown(open_ones)}"
+        yield f"config.json: stored dense and not in ignore, so loaders expect them packed: {_shown(open_ones)}"
     yield from _layout_problems(checkpoint, config, packed)
     yield from _activation_problems(config, packed, runtime_scales)
 
 
-def _layout_problems(
-    checkpoint: Checkpoint, config: Mapping[str, Any], packed: Sequence[Weight]
-) -> Iterator[str]:
+def _layout_problems(checkpoint: Checkpoint, config: Mapping[str, Any], packed: Sequence[Weight]) -> Iterator[str]:
     method = config.get("quant_method")
     for weight in packed:
         if isinstance(weight.decoder, Nvfp4Decoder) and weight.decoder.layout != method:
@@ -80,7 +78,7 @@ def _layout_problems(
             break
     has_file = "hf_quant_config.json" in checkpoint.files
     if method == "compressed-tensors" and has_file:
-        yield "hf_quant_config.json: left over from another quantization, config.json says compressed-tensors; remove it"
+        yield "hf_quant_config.json: left over from another quantization, config.json says compressed-tensors"
     if method == "modelopt" and not has_file:
         yield "hf_quant_config.json: missing; TensorRT-LLM reads it and not config.json"
 

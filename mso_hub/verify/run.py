@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from mso_hub.checkpoint import Checkpoint, TensorInfo
 from mso_hub.engine.threads import default_workers
-from mso_hub.errors import CheckpointError, MsoError, PlanError, VerifyError
+from mso_hub.errors import PlanError, VerifyError
 from mso_hub.events import Listener, TensorDone, ignore
 from mso_hub.formats.detect import read_weights
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
@@ -85,7 +85,9 @@ def verify_checkpoint(
     problems += config_problems(mine.checkpoint, weights, mine.runtime_scales)
     shared, scale_problems = _check_scales(mine)
     problems += scale_problems
-    identical, errors, equal = 0, [], {}
+    identical = 0
+    errors: list[TensorError] = []
+    equal: dict[str, int] = {}
     with ThreadPoolExecutor(default_workers()) as pool:
         theirs = _like(open_weights(source), mine) if source is not None else None
         if theirs is not None:
@@ -129,7 +131,7 @@ def _check_manifest(source: Source) -> tuple[list[str], int]:
 def _sha256(source: Source, name: str, size: int) -> str:
     digest = hashlib.sha256()
     for begin in range(0, size, CHUNK):
-        digest.update(source.read(name, begin, min(begin + CHUNK, size)))
+        digest.update(source.read(name, begin, min(begin + CHUNK, size)).data)
     return digest.hexdigest()
 
 
@@ -146,6 +148,7 @@ def _index_problems(mine: Opened) -> Iterator[str]:
 
 
 def global_scale(mine: Opened, weight: Weight) -> float:
+    """The F32 global scale of an NVFP4 weight as it is stored."""
     return float(read_rows(mine.source.read, weight.parts["global"]).reshape(-1)[0])
 
 
@@ -210,7 +213,7 @@ def _row_ranges(*weights: Weight) -> list[tuple[int, int]]:
 
 
 def _numbers(weight: Weight, read: Reader, start: int, stop: int) -> Array:
-    from mso_hub.formats.numerics.floats import widen  # noqa: PLC0415 - numba loads on first use
+    from mso_hub.formats.numerics.floats import widen
 
     values, dtype = weight.values(weight.load(read, start, stop), start, stop)
     return widen(values, dtype)
@@ -278,7 +281,7 @@ def _first_difference(source: Source, info: TensorInfo, other: Source, their: Te
 
 def _compare_modelopt(mine: Opened, theirs: Opened) -> tuple[dict[str, int], list[str]]:
     """Codes and block scales against NVFP4QTensor.quantize, one fused unit after the other."""
-    from mso_hub.formats.numerics import floats, modelopt, nvfp4  # noqa: PLC0415 - optional and slow
+    from mso_hub.formats.numerics import floats, modelopt, nvfp4
 
     packed = {
         w.module: w for w in mine.weights.values() if isinstance(w.decoder, Nvfp4Decoder) and w.name in theirs.weights

@@ -5,7 +5,7 @@ Layouts (Linear [N, K]):
                           weight_global_scale F32 [1], a divisor: w = e2m1 * weight_scale / weight_global_scale;
                           W4A4 adds input_global_scale F32 [1], a divisor too
     pack-quantized        weight_packed I32 [N, ceil(K*b/32)], weight_scale [N, K/g], weight_shape [2],
-                          asymmetric adds weight_zero_point I32 [ceil(N*b/32), K/g], activation order weight_g_idx I32 [K]
+                          asymmetric adds weight_zero_point I32 [ceil(N*b/32), K/g], act-order weight_g_idx I32 [K]
 Source: compressed-tensors 0.19, compressors/ and quantization/quant_args.py.
 """
 

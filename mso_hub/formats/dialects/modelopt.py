@@ -14,7 +14,12 @@ QUANT_CONFIG_FILE = "hf_quant_config.json"
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """Loaders branch on the producer: this names the release whose format is written, not the program that wrote it."""
 
-NVFP4_SUFFIXES = {"codes": "weight", "scale": "weight_scale", "global": "weight_scale_2", "input": "input_scale"}
+NVFP4_SUFFIXES = {
+    "codes": "weight",
+    "scale": "weight_scale",
+    "global": "weight_scale_2",
+    "input": "input_scale",
+}
 
 
 def nvfp4_config(ignore: Iterable[str], *, activations: bool) -> dict[str, Any]:

@@ -48,8 +48,7 @@ def flat_bits(values: Array, dtype: str) -> Array:
     expected = np.dtype(storage(dtype))
     if values.dtype != expected or not values.flags.c_contiguous:
         raise ValueError(
-            f"{dtype} values must be a C-contiguous {expected} array, "
-            f"got {values.dtype} with strides {values.strides}"
+            f"{dtype} values must be a C-contiguous {expected} array, got {values.dtype} with strides {values.strides}"
         )
     bits = values.reshape(-1).view(np.uint32 if dtype == "F32" else np.uint16)
     bits.flags.writeable = False

@@ -42,9 +42,7 @@ def unpack(packed: npt.NDArray[np.int32], bits: int, cols: int, *, dense: bool) 
     return codes
 
 
-def unpack_zero_point(
-    packed: npt.NDArray[np.int32], bits: int, rows: int, *, dense: bool
-) -> npt.NDArray[np.int8]:
+def unpack_zero_point(packed: npt.NDArray[np.int32], bits: int, rows: int, *, dense: bool) -> npt.NDArray[np.int8]:
     """Zero points of a matrix, which are packed along its rows.
 
     packed   int32 [words, groups], words = words_per_row(rows, bits, dense=dense)

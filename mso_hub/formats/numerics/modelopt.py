@@ -14,8 +14,8 @@ def encode(values: Array, dtype: str, global_scale: np.float32) -> tuple[Array, 
     values  [N, K] held as `floats.storage(dtype)`; VerifyError when ModelOpt is not installed
     """
     try:
-        import torch  # noqa: PLC0415 - optional and slow
-        from modelopt.torch.quantization.qtensor import NVFP4QTensor  # noqa: PLC0415
+        import torch
+        from modelopt.torch.quantization.qtensor import NVFP4QTensor
     except ImportError as error:
         raise VerifyError(
             f"--reference modelopt needs nvidia-modelopt ({error}); pip install mso-hub[modelopt]"

@@ -79,9 +79,7 @@ def encode(
     source        absmax: ModelOpt 0.47; mse: its 126-code sweep, limited to the useful nine codes
     """
     if values.ndim != 2 or values.shape[1] % GROUP_SIZE:
-        raise ValueError(
-            f"nvfp4 needs a matrix whose columns are a multiple of {GROUP_SIZE}, got {list(values.shape)}"
-        )
+        raise ValueError(f"nvfp4 needs a matrix whose columns are a multiple of {GROUP_SIZE}, got {list(values.shape)}")
     if search not in SEARCHES:
         raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
     if not (np.isfinite(global_scale) and global_scale > 0):
@@ -96,9 +94,7 @@ def encode(
     return packed, scale
 
 
-def decode(
-    packed: npt.NDArray[np.uint8], scale: npt.NDArray[np.uint8], multiplier: np.float32, dtype: str
-) -> Array:
+def decode(packed: npt.NDArray[np.uint8], scale: npt.NDArray[np.uint8], multiplier: np.float32, dtype: str) -> Array:
     """Dequantize ModelOpt's layout: e2m1 * (weight_scale * multiplier) in float32, then `dtype`.
 
     packed      uint8 [rows, cols/2], even column in the low nibble
@@ -142,9 +138,7 @@ def _check_scale(packed: npt.NDArray[np.uint8], scale: npt.NDArray[np.uint8]) ->
         raise ValueError(f"nvfp4 codes and scales are uint8 bits, got {packed.dtype} and {scale.dtype}")
 
 
-def _decode_as(
-    packed: npt.NDArray[np.uint8], steps: npt.NDArray[np.float32], values: Array, dtype: str
-) -> Array:
+def _decode_as(packed: npt.NDArray[np.uint8], steps: npt.NDArray[np.float32], values: Array, dtype: str) -> Array:
     """Look up `values` [16] for each code, times the step of its block; F16 is rounded by numpy."""
     rows, half = packed.shape
     out = np.empty((rows, 2 * half), storage("F32" if dtype == "F16" else dtype))
