@@ -81,9 +81,9 @@ SCHEME = several(
     opt("ignore", multiple=True, metavar="PATTERN", help="Glob or re:REGEX of modules to leave alone; repeatable."),
     opt("exclude", multiple=True, metavar="PATTERN", help="The same as --ignore."),
     opt("exclude_config", metavar="FILE", help="Config of a reference model whose exclude list is honoured too."),
-    opt("no_default_ignore", is_flag=True, help="Offer embeddings, heads, routers, vision and MTP to the targets too."),
-    opt("input_scale", metavar="X", help="W4A4: activation scale for all modules (1.0), or a checkpoint that has them."),
-    opt("scale_search", default="absmax", metavar="HOW", help="absmax (ModelOpt's bytes) or mse (lower error) [absmax]."),
+    opt("no_default_ignore", is_flag=True, help="Offer embeddings, heads, routers, vision, MTP to the targets."),
+    opt("input_scale", metavar="X", help="W4A4: one activation scale for all (1.0), or a checkpoint that has them."),
+    opt("scale_search", default="absmax", metavar="HOW", help="absmax (ModelOpt's bytes, default) or mse (less error)."),
     opt("text_only", is_flag=True, help="Leave vision and audio parts out; flatten names and config."),
     opt("block_size", type=int, default=16, hidden=True),
 )  # fmt: skip

@@ -137,7 +137,7 @@ def _input_scales(selection: Selection, recipe: Recipe) -> tuple[dict[str, float
     if not recipe.input_scales or not missing:
         return scales, []
     return scales, [
-        f"{missing[0]}: has no input_scale among the imported ones, nor have {len(missing) - 1} other modules; ignore them"
+        f"{missing[0]}: has no input_scale among the imported ones, nor have {len(missing) - 1} others; ignore them"
     ]
 
 

@@ -126,6 +126,8 @@ class Patterns:
 
     def find(self, module: str) -> str | None:
         """A pattern that covers the module, or None; every pattern that does counts as used."""
+        if not (self._plain or self._compiled):
+            return None
         hits = []
         for end in (at for at, c in enumerate(module + ".weight.") if c == "."):
             prefix = (module + ".weight")[:end]

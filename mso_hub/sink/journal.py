@@ -68,10 +68,11 @@ class Journal:
             else:
                 self.notes[str(line["note"])] = float(str(line["value"]))
 
-    def _append(self, line: dict[str, object]) -> None:
+    def _append(self, line: dict[str, object], *, sync: bool = True) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if sync:
+            os.fsync(self._file.fileno())
 
     def done(self, file: str, entry: Entry) -> None:
         """A file is complete and synced."""
@@ -79,9 +80,9 @@ class Journal:
         self._append({"file": file, "nbytes": entry.nbytes, "sha256": entry.sha256})
 
     def note(self, key: str, value: float) -> None:
-        """Remember a number."""
+        """Remember a number; not synced, because it can be computed again."""
         self.notes[key] = value
-        self._append({"note": key, "value": value})
+        self._append({"note": key, "value": value}, sync=False)
 
     def close(self) -> None:
         """Release the lock."""
