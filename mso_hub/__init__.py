@@ -1,7 +1,7 @@
 """mso_hub: read a checkpoint tensor by tensor, change how its numbers are stored, write a checkpoint.
 
     rank  module      what enters -> what leaves
-    6     cli         argv -> one call below
+    7     cli         argv -> one call below
     6     demo        a small model -> there and back, every step shown
     5     legacy      the prototype's two entry points -> convert()
     5     display     plans and reports -> text
@@ -17,8 +17,8 @@
     0     events      what happened, for whoever listens
     0     errors      one exception tree
 
-A module imports lower ranks and its own room only (checkpoint also imports errors, sink also formats' Array); the
-tests read this table.
+A module imports lower ranks and its own room only. Within a rank, `checkpoint -> errors` and `sink -> formats` (its
+Array). The tests read this table.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mso_hub.errors import MsoError
     from mso_hub.legacy import StreamingQuantizer, decompress_model_incremental
-    from mso_hub.pipeline import convert, plan_for
-    from mso_hub.plan import Plan, Recipe, make_plan
+    from mso_hub.pipeline import convert, make_plan
+    from mso_hub.plan import Plan, Recipe
     from mso_hub.sink import open_sink
     from mso_hub.source import open_source
     from mso_hub.verify import Report, compare_checkpoints, verify_checkpoint
@@ -45,10 +45,9 @@ _HOME = {
     "compare_checkpoints": "verify",
     "convert": "pipeline",
     "decompress_model_incremental": "legacy",
-    "make_plan": "plan",
+    "make_plan": "pipeline",
     "open_sink": "sink",
     "open_source": "source",
-    "plan_for": "pipeline",
     "verify_checkpoint": "verify",
 }
 
@@ -65,7 +64,6 @@ __all__ = [
     "make_plan",
     "open_sink",
     "open_source",
-    "plan_for",
     "verify_checkpoint",
 ]
 

@@ -19,6 +19,10 @@ from mso_hub.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the safetensors library refuses longer headers too."""
+RANK_LIMIT = 32
+"""Sizes in a shape: what numpy 1 can hold."""
+DEPTH_LIMIT = 64
+"""Levels of nested JSON that is carried to the output."""
 
 DTYPE_BITS: dict[str, int] = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
@@ -108,13 +112,61 @@ def _fail(file: str, what: str) -> CheckpointError:
     return CheckpointError(f"{file}: {what}; the file is damaged or not safetensors: fetch it again")
 
 
+def _short(value: object) -> str:
+    """The beginning of a stranger's value, for messages."""
+    try:
+        return f"{value!r:.80}"
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
+
+
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} appears twice")
+        raise ValueError(f"the key {_short(twice)} appears twice")
     return out
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _writable(value: Any, raw: bytes) -> Any:
+    """A parsed value, once it is sure that its text is UTF-8 again: escapes can spell half a surrogate pair."""
+    if b"\\u" in raw:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _strict_json(raw: bytes) -> Any:
+    """JSON as RFC 8259 has it, in UTF-8, no key twice; ValueError or RecursionError otherwise."""
+    return _writable(json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant), raw)
+
+
+def _check_depth(value: object) -> None:
+    """ValueError for JSON that nests deeper than DEPTH_LIMIT: writing it again would exhaust the stack."""
+    level = [value]
+    for _ in range(DEPTH_LIMIT):
+        level = [
+            child for v in level if isinstance(v, dict | list) for child in (v.values() if isinstance(v, dict) else v)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels")
+
+
+def parse_config(raw: bytes, file: str) -> dict[str, Any]:
+    """config.json -> its fields. Python's NaN and Infinity pass, as configs have them; raises CheckpointError."""
+    try:
+        value = _writable(json.loads(raw.decode()), raw)
+        _check_depth(value)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}; fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object, found {type(value).__name__}")
+    return value
 
 
 def header_length(first8: bytes, file: str, file_size: int) -> int:
@@ -130,7 +182,7 @@ def header_length(first8: bytes, file: str, file_size: int) -> int:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _entry(name: str, raw: object, file: str, base: int) -> tuple[TensorInfo, int]:
@@ -138,21 +190,21 @@ def _entry(name: str, raw: object, file: str, base: int) -> tuple[TensorInfo, in
     if not isinstance(raw, dict):
         raise _fail(file, f"tensor {name!r} must be a JSON object, got {type(raw).__name__}")
     dtype, shape, offsets = raw.get("dtype"), raw.get("shape"), raw.get("data_offsets")
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
-            f"{file}: tensor {name!r} has the dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}; "
+            f"{file}: tensor {name!r} has the dtype {_short(dtype)}; known are {', '.join(DTYPE_BITS)}; "
             "a newer mso_hub may read it"
         )
-    if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        raise _fail(file, f"tensor {name!r} needs a list of sizes >= 0 as shape, got {shape!r}")
+    if not isinstance(shape, list) or len(shape) > RANK_LIMIT or not all(map(_is_count, shape)):
+        raise _fail(file, f"tensor {name!r} needs up to {RANK_LIMIT} sizes >= 0 as shape, got {_short(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise _fail(file, f"tensor {name!r} needs data_offsets [begin, end], got {offsets!r}")
+        raise _fail(file, f"tensor {name!r} needs data_offsets [begin, end], got {_short(offsets)}")
     info = TensorInfo(name, dtype, tuple(shape), file, base + offsets[0])
-    if math.prod(shape) * DTYPE_BITS[dtype] % 8 or info.nbytes != offsets[1] - offsets[0]:
+    if math.prod(shape) * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise _fail(
             file,
-            f"tensor {name!r} {dtype} {shape} takes {math.prod(shape) * DTYPE_BITS[dtype] / 8:,.6g} bytes, "
-            f"its data_offsets span {offsets[1] - offsets[0]:,}",
+            f"tensor {name!r} {dtype} {_short(shape)} does not fill its data_offsets {offsets}, which span "
+            f"{offsets[1] - offsets[0]:,} bytes",
         )
     return info, base + offsets[1]
 
@@ -164,14 +216,15 @@ def parse_header(raw: bytes, file: str, file_size: int) -> Shard:
     file_size  bytes of the whole file, known from the file system or the Hub
     """
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = _strict_json(raw)
     except (ValueError, RecursionError) as error:
         raise _fail(file, f"the header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise _fail(file, f"the header must be a JSON object, got {type(header).__name__}")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _fail(file, f"__metadata__ must map strings to strings, got {metadata!r:.80}")
+        raise _fail(file, f"__metadata__ must map strings to strings, got {_short(metadata)}")
     base = 8 + len(raw)
     entries = [_entry(name, value, file, base) for name, value in header.items()]
     entries.sort(key=lambda e: (e[0].begin, e[1]))
@@ -220,12 +273,13 @@ def safe_path(path: str, where: str) -> str:
 def parse_index(raw: bytes, file: str) -> tuple[dict[str, str], dict[str, Any]]:
     """`*.safetensors.index.json` -> (tensor name -> shard path, metadata); raises CheckpointError."""
     try:
-        index = json.loads(raw, object_pairs_hook=_unique)
+        index = _strict_json(raw)
+        _check_depth(index)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON: {error}; fetch it again") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{file}: needs a weight_map of tensor name to shard, got {weight_map!r:.80}")
+        raise CheckpointError(f"{file}: needs a weight_map of tensor name to shard, got {_short(weight_map)}")
     folder = PurePosixPath(file).parent
     paths = {value: str(folder / safe_path(value, file)) for value in set(weight_map.values())}
     metadata = index.get("metadata")

@@ -83,7 +83,7 @@ SCHEME = several(
     opt("exclude_config", metavar="FILE", help="Config of a reference model whose exclude list is honoured too."),
     opt("no_default_ignore", is_flag=True, help="Offer embeddings, heads, routers, vision, MTP to the targets."),
     opt("input_scale", metavar="X", help="W4A4: one activation scale for all (1.0), or a checkpoint that has them."),
-    opt("scale_search", default="absmax", metavar="HOW", help="absmax (ModelOpt's bytes, default) or mse (less error)."),
+    opt("scale_search", default="absmax", metavar="HOW", help="absmax (ModelOpt's bytes) or mse (less error) [absmax]."),
     opt("text_only", is_flag=True, help="Leave vision and audio parts out; flatten names and config."),
     opt("block_size", type=int, default=16, hidden=True),
 )  # fmt: skip
@@ -267,9 +267,9 @@ def inspect(source: str | None, input_dir: str | None, json: bool) -> None:
 def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) -> None:
     """Show from headers what would be quantized, what not and why, and the sizes."""
     from mso_hub.display import plan_as_dict, plan_text
-    from mso_hub.pipeline import plan_for
+    from mso_hub.pipeline import make_plan
 
-    planned = plan_for(one_of(source, input_dir), build_recipe(options))
+    planned = make_plan(one_of(source, input_dir), build_recipe(options))
     emit(plan_as_dict(planned) if json else plan_text(planned))
 
 

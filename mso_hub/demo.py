@@ -8,7 +8,7 @@ from pathlib import Path
 from mso_hub.display import plan_text, report_text
 from mso_hub.errors import RecipeError, VerifyError
 from mso_hub.formats import DENSE
-from mso_hub.pipeline import convert, plan_for
+from mso_hub.pipeline import convert, make_plan
 from mso_hub.plan import Recipe
 from mso_hub.progress import listener
 from mso_hub.sink import open_sink
@@ -24,7 +24,7 @@ def run_demo(source: str | None, folder: Path, show: Callable[[str], None]) -> N
         raise RecipeError(f"{origin}: the demo's model lies in the repository, not in the wheel; pass --source DIR")
     packed, dense = folder / "nvfp4", folder / "bf16"
     quantize, back = Recipe(mode="all-linear"), Recipe(scheme=DENSE)
-    show(f"$ mso-hub plan {origin} --all_linear\n\n{plan_text(plan_for(origin, quantize))}\n")
+    show(f"$ mso-hub plan {origin} --all_linear\n\n{plan_text(make_plan(origin, quantize))}\n")
     steps = (
         (origin, packed, quantize, "quantize", " --all_linear"),
         (packed, dense, back, "decompress", ""),

@@ -18,7 +18,7 @@ from mso_hub.engine import ThreadEngine, write_pieces
 from mso_hub.errors import RecipeError
 from mso_hub.events import Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
 from mso_hub.formats.weight import read_rows
-from mso_hub.plan import Plan, Recipe, make_plan
+from mso_hub.plan import Plan, Recipe, plan_checkpoint
 from mso_hub.sink import Sink, open_sink
 from mso_hub.source import Source, open_source, read_checkpoint
 
@@ -40,7 +40,7 @@ def convert(
     Raises MsoError (see errors.py); nothing is visible at the sink unless this returns.
     """
     source, sink = _opened(source, sink)
-    plan = plan_for(source, recipe)
+    plan = make_plan(source, recipe)
     on_event(PlanReady(plan.read_bytes, plan.write_bytes, len(plan.shards)))
     sizes = plan.sizes(source.files())
     sink.begin(plan.job, sizes)
@@ -68,7 +68,7 @@ def convert(
     return plan
 
 
-def plan_for(source: str | Path | Source, recipe: Recipe) -> Plan:
+def make_plan(source: str | Path | Source, recipe: Recipe) -> Plan:
     """The plan for a source, from its headers (and weight_shape tensors where shapes leave K open)."""
     opened = open_source(source) if isinstance(source, str | Path) else source
 
@@ -76,7 +76,7 @@ def plan_for(source: str | Path | Source, recipe: Recipe) -> Plan:
         rows, columns = read_rows(opened.read, info).reshape(-1).tolist()
         return rows, columns
 
-    return make_plan(read_checkpoint(opened), recipe, read_shape)
+    return plan_checkpoint(read_checkpoint(opened), recipe, read_shape)
 
 
 def _opened(source: str | Path | Source, sink: str | Path | Sink) -> tuple[Source, Sink]:

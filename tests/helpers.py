@@ -28,7 +28,7 @@ def checkpoint_files(
 ) -> dict[str, bytes]:
     """Repo path -> content of a checkpoint, as a MemorySource takes it; index None: for several shards."""
     files = {
-        name: save({k: v.contiguous() for k, v in tensors.items()}, metadata={"format": "pt"})
+        name: save({k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, {"format": "pt"})
         for name, tensors in shards.items()
     }
     if index if index is not None else len(shards) > 1:

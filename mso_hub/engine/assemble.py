@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
@@ -38,13 +38,29 @@ class _Assembler:
         self._stash: dict[str, list[Array]] = {}
         self._names: deque[tuple[str, int]] = deque()
         self._written = 0
+        self._failed = False
 
     def add(self, piece: Piece) -> None:
-        """Take a piece; opens its shard when it is the first and closes it when it was the last."""
+        """Take a piece; opens its shard when it is the first and closes it when it was the last.
+
+        After an error it takes nothing more: what is behind a gap in the file is of no use.
+        """
+        if self._failed:
+            return
+        try:
+            self._take(piece)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _take(self, piece: Piece) -> None:
         if self._shard is None:
             self._begin(piece.shard)
-        self._stash.setdefault(piece.info.name, []).append(piece.data)
+        if piece.data.nbytes:
+            self._stash.setdefault(piece.info.name, []).append(piece.data)
         self._drain()
+        if piece.done and piece.step is piece.shard.steps[-1]:
+            self._end()
 
     def _begin(self, shard: ShardPlan) -> None:
         self._shard = shard
@@ -64,6 +80,11 @@ class _Assembler:
                 raise MsoError(f"{name}: planned {nbytes:,} bytes, {self._written:,} came; please report this")
             self._names.popleft()
             self._written = 0
+
+    def _end(self) -> None:
+        if self._names:
+            name, nbytes = self._names[0]
+            raise MsoError(f"{name}: planned {nbytes:,} bytes, {self._written:,} came; please report this")
         self._shard = None
         self._stack.close()
 
@@ -75,7 +96,8 @@ class _Assembler:
 def write_pieces(pieces: Iterable[Piece], files: _Files) -> Iterator[Piece]:
     """Write every piece and hand it on when its bytes are out (its shard synced, when it was the last).
 
-    Raises what the sink raises; then the shard in hand is given up and earlier ones stay complete.
+    Raises what the sink raises; then the shard in hand is given up and earlier ones stay complete. Either way, and
+    when the caller closes this generator early, `pieces` is closed too.
     """
     assembler = _Assembler(files)
     pending: deque[tuple[Piece, Future[None]]] = deque()
@@ -92,6 +114,9 @@ def write_pieces(pieces: Iterable[Piece], files: _Files) -> Iterator[Piece]:
                 future.result()
                 yield written
         except BaseException:
-            thread.shutdown(cancel_futures=True)
+            thread.shutdown()  # what is queued may be the end of a shard
             assembler.abort()
             raise
+        finally:
+            if isinstance(pieces, Generator):
+                pieces.close()  # its threads end here, not when the last traceback is forgotten

@@ -25,12 +25,14 @@ ReadShape = Callable[[TensorInfo], tuple[int, int]]
 class PackedInt:
     """How one weight is packed.
 
+    module         for messages
     bits, columns  width of a code; logical K
     group_size     columns per scale, None for one scale a row
     dense          codes straddle words (3, 5, 6, 7 bits since compressed-tensors 0.16) or leave their top bits empty
     scale_dtype    dtype of weight_scale
     """
 
+    module: str
     bits: int
     columns: int
     group_size: int | None
@@ -64,15 +66,21 @@ class PackedInt:
 
         if "shape" in parts and int(parts["shape"].reshape(-1)[1]) != self.columns:
             raise CheckpointError(
-                f"weight_shape says {parts['shape'].tolist()}, the packed tensor holds {self.columns} columns; "
+                f"{self.module}.weight_shape says {parts['shape'].tolist()}, {self.columns} columns are packed; "
                 "the companions belong to another weight"
+            )
+        g_idx, groups = parts.get("g_idx"), parts["scale"].shape[1]
+        if g_idx is not None and not 0 <= g_idx.min() <= g_idx.max() < groups:
+            raise CheckpointError(
+                f"{self.module}.weight_g_idx: must hold group numbers below {groups}, found {g_idx.min()} to "
+                f"{g_idx.max()}; the companions belong to another weight"
             )
         zero_point = None
         if "zero_point" in parts:
             zero_point = integer.unpack_zero_point(parts["zero_point"], self.bits, stop - start, dense=self.dense)
         scale = floats.widen(parts["scale"], self.scale_dtype)
         return integer.decode(
-            parts["packed"], scale, zero_point, parts.get("g_idx"),
+            parts["packed"], scale, zero_point, g_idx,
             bits=self.bits, group_size=self.group_size, cols=self.columns, dense=self.dense, dtype=dtype,
         )  # fmt: skip
 
@@ -80,12 +88,15 @@ class PackedInt:
 def _columns(module: str, parts: Mapping[str, TensorInfo], bits: int, group: int, read_shape: ReadShape) -> int:
     """Logical K, from shapes where they decide it, else from the weight_shape tensor."""
     words, groups = parts["packed"].shape[1], parts["scale"].shape[1]
+    said = parts.get("shape")
+    if said is not None and (said.dtype not in ("I32", "I64") or said.shape != (2,)):
+        raise CheckpointError(f"{said.name}: must be two integers, got {said.dtype} {list(said.shape)}")
     if group > 0 and groups > 1:
         columns = groups * group
         if words in (math.ceil(columns * bits / 32), math.ceil(columns / (32 // bits))):
             return columns
-    if "shape" in parts:
-        rows, columns = read_shape(parts["shape"])
+    if said is not None:
+        rows, columns = read_shape(said)
         if rows == parts["packed"].shape[0] and columns > 0:
             return columns
         raise CheckpointError(
@@ -95,6 +106,22 @@ def _columns(module: str, parts: Mapping[str, TensorInfo], bits: int, group: int
         f"{module}: {words} packed words and {groups} groups do not say how many columns there are, and "
         "weight_shape is missing; the checkpoint is incomplete"
     )
+
+
+def _check_companions(module: str, parts: Mapping[str, TensorInfo], decoder: PackedInt) -> None:
+    """Zero points and g_idx against the shapes that the codes and scales ask for; reading on would leave them."""
+    rows, groups = parts["scale"].shape
+    words = math.ceil(rows * decoder.bits / 32) if decoder.dense else math.ceil(rows / (32 // decoder.bits))
+    for role, dtypes, shape in (
+        ("zero_point", ("I32",), (words, groups)),
+        ("g_idx", ("I32", "I64"), (decoder.columns,)),
+    ):
+        info = parts.get(role)
+        if info is not None and (info.dtype not in dtypes or info.shape != shape):
+            raise CheckpointError(
+                f"{info.name}: must be {dtypes[0]} {list(shape)}, got {info.dtype} {list(info.shape)}; "
+                f"it does not belong to {module}.weight_packed, or there is no decoder for it"
+            )
 
 
 def packed_int(
@@ -129,7 +156,6 @@ def packed_int(
         raise CheckpointError(f"{module}: {columns} columns in groups of {group} do not make {groups} scales a row")
     if "zero_point" not in parts and args.get("symmetric") is False:
         raise CheckpointError(f"{module}: the config says asymmetric, weight_zero_point is missing")
-    return PackedInt(bits, columns, group if grouped else None, dense, scale.dtype), (
-        packed.shape[0],
-        columns,
-    )
+    decoder = PackedInt(module, bits, columns, group if grouped else None, dense, scale.dtype)
+    _check_companions(module, parts, decoder)
+    return decoder, (packed.shape[0], columns)

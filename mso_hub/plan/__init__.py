@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mso_hub.plan.planner import Plan, ShardPlan, Step, make_plan
+from mso_hub.plan.planner import Plan, ShardPlan, Step, plan_checkpoint
 from mso_hub.plan.recipe import Recipe
 
-__all__ = ["Plan", "Recipe", "ShardPlan", "Step", "make_plan"]
+__all__ = ["Plan", "Recipe", "ShardPlan", "Step", "plan_checkpoint"]

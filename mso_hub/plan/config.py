@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from mso_hub.errors import PlanError
 from mso_hub.formats.weight import Weight
-from mso_hub.plan.fusion import units
+from mso_hub.plan.fusion import unit_of, units
 from mso_hub.plan.select import EXPERT, is_linear
 
 QUANTIZATION_FILES = frozenset(
@@ -46,11 +46,11 @@ def carried_files(files: Mapping[str, int], *, text_only: bool) -> tuple[tuple[s
 def ignore_list(kept: Mapping[str, tuple[Weight, str]], chosen: Iterable[str]) -> list[str]:
     """Exact names of every linear module that stays, plus the names under which engines ask for them.
 
-    Those are the fused module when all its members stay, the experts' container, and `lm_head` even where it is
-    tied to the embedding and not stored.
+    Those are the fused module, also where members are missing (shared keys and values: vLLM finds no `k_proj` in
+    the list then), the experts' container, and `lm_head` even where it is tied to the embedding and not stored.
     """
     names = {module for module, (weight, _) in kept.items() if is_linear(weight)}
-    aliases = set(units(sorted(names)))
+    aliases = {*units(sorted(names)), *filter(None, map(unit_of, names))}
     for module in names:
         if match := EXPERT.match(module):
             aliases.add(match["bank"])

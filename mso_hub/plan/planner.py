@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -224,8 +225,10 @@ def _job(checkpoint: Checkpoint, recipe: Recipe) -> str:
 @dataclass(frozen=True, slots=True)
 class _GroupPlan:
     config: Mapping[str, Any]
-    shards: list[ShardPlan]
+    weights: Sequence[Weight]
     selection: Selection
+    scales: Mapping[str, float]
+    problems: list[str]
     dropped: list[str]
     packed: int
 
@@ -233,7 +236,7 @@ class _GroupPlan:
 def _plan_group(
     group: Group, checkpoint: Checkpoint, recipe: Recipe, form: Format | None, read_shape: ReadShape
 ) -> _GroupPlan:
-    """Plan one name space; raises PlanError with every problem found in it."""
+    """Decide about every weight of one name space, and find what stands in the way."""
     weights, dropped = read_weights(group.tensors, checkpoint.config, read_shape, recipe.dtype)
     config: Mapping[str, Any] = checkpoint.config
     if recipe.text_only:
@@ -244,16 +247,28 @@ def _plan_group(
     packed = sum(w.decoder is not None for w in weights)
     if form is None:
         kept = {w.module: (w, "decoded" if w.decoder else "stays dense") for w in weights}
-        selection = Selection((), kept, {}, (), ())
+        selection = Selection((), kept, {})
     else:
         selection = select(weights, recipe, config, form.problem)
         if len(checkpoint.groups) > 1:
-            units = {f"{group.index}: {key}": members for key, members in selection.units.items()}
+            where = group.index or next((info.file for info in group.tensors.values()), "")
+            units = {f"{where}: {key}": members for key, members in selection.units.items()}
             selection = replace(selection, units=units)
     scales, missing = _input_scales(selection, recipe)
-    _raise_problems(checkpoint.name, [*selection.problems, *missing])
-    shards = _shards(_steps(weights, selection, scales, form), checkpoint)
-    return _GroupPlan(config, shards, selection, dropped, packed)
+    return _GroupPlan(config, weights, selection, scales, [*selection.problems, *missing], dropped, packed)
+
+
+def _in_every(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Entries that no list lacks, in the order of the first."""
+    return [entry for entry in lists[0] if all(entry in other for other in lists[1:])]
+
+
+def _group_shards(part: _GroupPlan, checkpoint: Checkpoint, form: Format | None) -> list[ShardPlan]:
+    """Output shards of one name space; PlanError when two of its tensors would get one name."""
+    shards = _shards(_steps(part.weights, part.selection, part.scales, form), checkpoint)
+    twice = [n for n, count in Counter(i.name for s in shards for i in s.tensors).items() if count > 1]
+    _raise_problems(checkpoint.name, [f"{n}: two weights become this tensor; remove the stale one" for n in twice])
+    return shards
 
 
 def _config(checkpoint: Checkpoint, recipe: Recipe, form: Format | None, parts: Sequence[_GroupPlan]) -> dict[str, Any]:
@@ -274,13 +289,15 @@ def _ignore(parts: Sequence[_GroupPlan]) -> list[str]:
     return ignore_list(kept, [w.module for part in parts for w in part.selection.chosen])
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShape) -> Plan:
+def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShape) -> Plan:
     """Plan a whole conversion from headers; raises PlanError with all problems at once, RecipeError for settings.
 
     read_shape  reads the two integers of a weight_shape tensor, asked only where shapes leave K open
     """
     form = _format(recipe)
     parts = [_plan_group(group, checkpoint, recipe, form, read_shape) for group in checkpoint.groups]
+    idle = _in_every([part.selection.idle for part in parts])
+    _raise_problems(checkpoint.name, [problem for part in parts for problem in part.problems] + idle)
     chosen = [w.module for part in parts for w in part.selection.chosen]
     if form is not None and not chosen:
         _raise_problems(checkpoint.name, ["the recipe chooses no weight at all; try --all_linear or other targets"])
@@ -296,10 +313,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShape) -> 
         activations = recipe.input_scale is not None or bool(recipe.input_scales)
         extra = form.extra_files(ignore, activations=activations)
         files |= {name: _json(content) for name, content in extra.items()}
-    for group, part in zip(checkpoint.groups, parts, strict=True):
-        files |= _index(group, part.shards)
+    by_group = [_group_shards(part, checkpoint, form) for part in parts]
+    for group, members in zip(checkpoint.groups, by_group, strict=True):
+        files |= _index(group, members)
     carried, behind = carried_files(checkpoint.files, text_only=recipe.text_only)
-    shards = [shard for part in parts for shard in part.shards]
+    shards = [shard for members in by_group for shard in members]
     return Plan(
         source=checkpoint.name,
         job=_job(checkpoint, recipe),
@@ -321,7 +339,7 @@ def _notes(
     checkpoint: Checkpoint, shards: Sequence[ShardPlan], parts: Sequence[_GroupPlan], behind: Sequence[str]
 ) -> tuple[str, ...]:
     notes = []
-    if unused := [p for part in parts for p in part.selection.unused]:
+    if unused := _in_every([part.selection.unused for part in parts]):
         notes.append(f"{len(unused)} imported exclude patterns match nothing here, the first is {unused[0]!r}")
     if empty := sorted(set(checkpoint.shards) - {shard.name for shard in shards}):
         notes.append(f"{len(empty)} shards are left without tensors and not written: {', '.join(empty[:3])}")

@@ -35,21 +35,23 @@ MLP_PARENT = re.compile(r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe|moe|exper
 """Path components under which a linear layer belongs to the feed-forward part, in every family we know."""
 
 DEFAULT_IGNORE: dict[str, re.Pattern[str]] = {
+    "vision or audio tower": re.compile(
+        r"(^|\.)(vision\w*|visual\w*|image\w*|audio\w*|speech\w*|vit|vpm|apm|sam_model|radio_model|siglip\w*|sound\w*|talker"
+        r"|token2wav|code2wav)(\.|$)"
+    ),
+    "multimodal projector": re.compile(
+        r"(^|\.)(\w*projector\w*|mm_\w+|aligner|connector|resampler|merger|patch_merger|mlp1|embed_(vision|audio))(\.|$)"
+    ),
+    "sparse-attention indexer": re.compile(r"(^|\.)indexer(\.|$)"),
+    "MTP": re.compile(r"(^|\.)(mtp\w*|nextn\w*|mtp_layers|eh_proj|shared_head)(\.|$)"),
+    "convolution": re.compile(r"(^|[._])(conv\w*|patch_embed\w*)(\.|$)"),
     "embedding": re.compile(r"(^|[._])(embed\w*|word_embeddings?|wte|wpe|position_embeddings?)(\.|$)"),
     "output head": re.compile(r"(^|\.)(lm_head|output_layer|score|classifier|v_head|output)$"),
     "norm": re.compile(r"(norm|layernorm|ln_f|ln_\d|rmsnorm)\w*$"),
     "router or gate": re.compile(
         r"(^|\.)(router|gate|wg|shared_expert_gate|e_score_correction_bias)(\.|$)|\.router_\w+$"
     ),
-    "convolution": re.compile(r"(^|[._])(conv\w*|patch_embed\w*)(\.|$)"),
     "linear-attention gate": re.compile(r"\.linear_attn\.in_proj_(a|b|ba)$|\.(A_log|dt_bias|f_b_proj|g_b_proj)$"),
-    "vision or audio tower": re.compile(
-        r"(^|\.)(vision\w*|visual|image\w*|audio\w*|speech\w*|vit|radio_model|siglip\w*|sound\w*)(\.|$)"
-    ),
-    "multimodal projector": re.compile(
-        r"(^|\.)(\w*projector\w*|mm_\w+|aligner|connector|merger|patch_merger|mlp1|embed_(vision|audio))(\.|$)"
-    ),
-    "MTP": re.compile(r"(^|\.)(mtp\w*|nextn\w*|mtp_layers|eh_proj|shared_head)(\.|$)"),
 }
 """Reason -> modules that keep their numbers unless `default_ignore` is off. Searched in the module name."""
 
@@ -99,8 +101,8 @@ class Recipe:
             *((self.input_scale,) if self.input_scale is not None else ()),
             *self.input_scales.values(),
         ):
-            if not 0 < scale < float("inf"):
-                raise RecipeError(f"input_scale must be a finite number > 0, got {scale}")
+            if not 2.0**-126 <= scale <= 2.0**126:  # float32 holds these and their reciprocals
+                raise RecipeError(f"input_scale must be a finite number > 0, 1.2e-38 to 8.5e37, got {scale}")
 
 
 class Patterns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +26,16 @@ class Selection:
     kept      weights that stay -> why
     units     unit key -> chosen weights that share a scale; a weight on its own is a unit of one
     unused    imported patterns that matched nothing
+    idle      sentences about typed patterns that matched nothing here: a problem when no group has a match
     problems  everything that makes the plan impossible
     """
 
     chosen: tuple[Weight, ...]
     kept: Mapping[str, tuple[Weight, str]]
     units: Mapping[str, tuple[Weight, ...]]
-    unused: tuple[str, ...]
-    problems: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 def is_linear(weight: Weight) -> bool:
@@ -79,19 +82,19 @@ def _chooser(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Callable[[Weigh
 
 
 def _unused(recipe: Recipe, sets: Sequence[Patterns]) -> tuple[list[str], list[str]]:
-    """Problems for patterns that the user typed, and the imported ones that matched nothing."""
+    """Sentences about patterns that the user typed in vain, and the imported ones that matched nothing."""
     ignore, imported, targets = sets
-    problems = [
+    idle = [
         f"{kind} {pattern!r} matches no weight of this checkpoint; correct it or leave it out"
         for kind, found in (("ignore", ignore.unused), ("targets", targets.unused))
         for pattern in found
     ]
     if recipe.imported_ignore and len(imported.unused) == len(set(recipe.imported_ignore)):
-        problems.append(
+        idle.append(
             f"none of the {len(recipe.imported_ignore)} imported exclude patterns matches a weight, the first is "
             f"{recipe.imported_ignore[0]!r}; they belong to another model"
         )
-    return problems, imported.unused
+    return idle, imported.unused
 
 
 def _split_units(chosen: Mapping[str, Weight], kept: Mapping[str, tuple[Weight, str]]) -> list[str]:
@@ -133,6 +136,7 @@ def select(
     chosen: dict[str, Weight] = {}
     kept: dict[str, tuple[Weight, str]] = {}
     problems: list[str] = []
+    modules: list[str] = []
     names = {weight.name: None for weight in weights}
     for weight in weights:
         why = reason_of(weight)
@@ -140,6 +144,7 @@ def select(
             why = "not a linear layer's weight"
         if why is not None:
             kept[weight.module] = (weight, why)
+            modules.append(weight.module)
             continue
         try:
             parts = list(split_experts(weight, config, names)) if is_fused_experts(weight) else [weight]
@@ -150,14 +155,20 @@ def select(
             problem = problem_of(part.shape)
             if problem is None and part.dtype not in FLOAT_DTYPES:
                 problem = f"can only quantize {', '.join(FLOAT_DTYPES)}, got {part.dtype}"
-            if problem is not None:
-                problems.append(f"{part.name}: {problem}; add it to `ignore`")
             chosen[part.module] = part
-    wrong, unused = _unused(recipe, sets)
+            modules.append(part.module)
+            if problem is not None:
+                problems.append(f"{weight.name}: {problem}; add it to `ignore`")
+                break
+    problems += [
+        f"{module}: {count} weights have this name; the checkpoint is damaged, remove the stale ones"
+        for module, count in Counter(modules).items() if count > 1
+    ]  # fmt: skip
+    idle, unused = _unused(recipe, sets)
     linear = {name: entry for name, entry in kept.items() if is_linear(entry[0])}
-    problems += wrong + _split_units(chosen, linear)
+    problems += _split_units(chosen, linear)
     shared = units(chosen)
     together = {module for members in shared.values() for module in members}
     alone = {module: (module,) for module in chosen if module not in together}
     by_unit = {key: tuple(chosen[m] for m in members) for key, members in {**shared, **alone}.items()}
-    return Selection(tuple(chosen.values()), kept, by_unit, tuple(unused), tuple(problems))
+    return Selection(tuple(chosen.values()), kept, by_unit, tuple(unused), tuple(idle), tuple(problems))

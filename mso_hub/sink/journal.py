@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,14 +30,28 @@ class Journal:
         """
         self.files: dict[str, Entry] = {}
         self.notes: dict[str, float] = {}
-        self._file = path.open("a+b")
+        self._lock = threading.Lock()  # notes come from the engine's thread, files from the writer's
+        self._file = path.open("a+b", buffering=0)
+        try:
+            self._claim(path)
+            if fresh:
+                self._file.truncate(0)
+            self._load(path, job)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _claim(self, path: Path) -> None:
+        """Lock the file; ResumeError when another process has it, or has just removed it."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise ResumeError(f"{path}: another process is writing this output; wait for it to end") from error
-        if fresh:
-            self._file.truncate(0)
+            free = os.path.samestat(os.fstat(self._file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        if not free:
+            raise ResumeError(f"{path}: another process is writing this output; wait for it to end")
+
+    def _load(self, path: Path, job: str) -> None:
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -48,11 +63,7 @@ class Journal:
             return
         try:
             self._replay(path, job, [json.loads(line) for line in whole.splitlines()])
-        except ResumeError:
-            self._file.close()
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            self._file.close()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ResumeError(f"{path}: not a journal of this tool ({error!r}); run with --fresh") from error
 
     def _replay(self, path: Path, job: str, lines: list[dict[str, object]]) -> None:
@@ -69,20 +80,28 @@ class Journal:
                 self.notes[str(line["note"])] = float(str(line["value"]))
 
     def _append(self, line: dict[str, object], *, sync: bool = True) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        if sync:
-            os.fsync(self._file.fileno())
+        data = memoryview(json.dumps(line).encode() + b"\n")
+        with self._lock:
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                while data:
+                    data = data[self._file.write(data) :]
+                if sync:
+                    os.fsync(self._file.fileno())
+            except OSError:
+                # Half a line in the middle would make the whole journal unreadable.
+                self._file.truncate(before)
+                raise
 
     def done(self, file: str, entry: Entry) -> None:
         """A file is complete and synced."""
-        self.files[file] = entry
         self._append({"file": file, "nbytes": entry.nbytes, "sha256": entry.sha256})
+        self.files[file] = entry
 
     def note(self, key: str, value: float) -> None:
         """Remember a number; not synced, because it can be computed again."""
-        self.notes[key] = value
         self._append({"note": key, "value": value}, sync=False)
+        self.notes[key] = value
 
     def close(self) -> None:
         """Release the lock."""

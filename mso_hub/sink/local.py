@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from mso_hub.errors import ResumeError, SinkError
+from mso_hub.errors import MsoError, SinkError
 from mso_hub.formats.weight import Array
 from mso_hub.sink.journal import Entry, Journal
 
@@ -26,21 +26,42 @@ RESERVE = 1 << 20
 """Bytes that must stay free beyond the output: journal, directory entries."""
 
 
+WAYS_OUT = {
+    errno.ENOSPC: "free some space, then run the same command",
+    errno.EDQUOT: "free some space, then run the same command",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another disk, then run the same command",
+}
+
+
 class _HashingFile:
     """Appends to a file and hashes what it appends."""
 
-    def __init__(self, file: FileIO) -> None:
-        self._file = file
+    def __init__(self, path: Path, nbytes: int, file: FileIO) -> None:
+        self._path, self._file, self._planned = path, file, nbytes
         self.sha = hashlib.sha256()
         self.nbytes = 0
 
     def write(self, data: bytes | Array) -> None:
-        """Append bytes; a short write (full disk) raises."""
-        view = memoryview(data if isinstance(data, bytes) else data.data).cast("B")
+        """Append bytes; SinkError when the disk does not take them all."""
+        # As one row of bytes, also where the array has no element or no dimension.
+        view = memoryview(data if isinstance(data, bytes) else data.reshape(-1).view("u1").data)
         self.sha.update(view)
         self.nbytes += len(view)
-        while len(view):
-            view = view[self._file.write(view) :]
+        with _naming(self._path, self._planned):
+            while view:
+                view = view[self._file.write(view) :]
+
+
+@contextmanager
+def _naming(path: Path, nbytes: int) -> Iterator[None]:
+    """OSError -> SinkError that names the file and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, SinkError):
+            raise
+        way_out = WAYS_OUT.get(error.errno or 0, "run the same command again")
+        raise SinkError(f"{path}: {nbytes:,} bytes could not be written: {error.strerror}; {way_out}") from error
 
 
 def _sha256(path: Path) -> str:
@@ -64,10 +85,10 @@ class LocalSink:
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self.path = path
-        # The link or the ".." in a path must not decide where the partial folder lies.
-        self._target = path.parent.resolve() / path.name
-        self.staging = self._target.parent / f".{path.name}.mso-partial"
-        self.journal = self._target.parent / f".{path.name}.mso-journal"
+        # A link or a ".." in the path must not decide where the partial folder lies, nor stop the last rename.
+        self._target = Path(os.path.realpath(path))
+        self.staging = self._target.parent / f".{self._target.name}.mso-partial"
+        self.journal = self._target.parent / f".{self._target.name}.mso-journal"
         self._fresh = fresh
         self._journal: Journal | None = None
         self._entries: dict[str, Entry] = {}
@@ -96,55 +117,75 @@ class LocalSink:
     def finished_job(self) -> str | None:
         """Job that a finished output says it came from, or None when there is no output of this tool."""
         try:
-            manifest = json.loads((self.path / MANIFEST).read_bytes())
-        except (OSError, ValueError):
+            job = json.loads((self._target / MANIFEST).read_bytes())["job"]
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return str(manifest.get("job")) if isinstance(manifest, dict) else None
+        return job if isinstance(job, str) else None
 
     def begin(self, job: str, sizes: Mapping[str, int]) -> None:
         """Refuse what cannot work, then see what is done; a finished output of the same job is done in full."""
         finished = self.finished_job()
         if finished == job and not self._fresh:
-            self.journal.unlink(missing_ok=True)
             self._entries = self._finished_entries(sizes)
+            if self.journal.exists():  # the earlier run ended between its last rename and this line
+                self.journal.unlink(missing_ok=True)
             return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            if finished is None:
-                raise SinkError(
-                    f"{self.path}: the output must be a new or empty folder, found files that are not of this tool "
-                    f"(no {MANIFEST}); choose another folder"
-                )
-            if not self._fresh:
-                raise SinkError(
-                    f"{self.path}: holds a finished run with another source or other settings (job {finished[:12]}, "
-                    f"this one is {job[:12]}); choose another folder, or replace it with --fresh"
-                )
+        self._require_replaceable(finished, job)
         try:
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self.journal, job, fresh=self._fresh)
-            if self._fresh:
-                for folder in (self.staging, self._target):
-                    shutil.rmtree(folder, ignore_errors=not folder.exists())
+            for folder in (self.staging, self._target) if self._fresh else ():
+                if folder.exists():
+                    shutil.rmtree(folder)
             self.staging.mkdir(exist_ok=True)
-        except ResumeError:
-            raise
-        except OSError as error:
+            self._entries = self._verified(sizes)
+            self._discard_leftovers()
+            self._require_space(sum(sizes.values()) - sum(entry.nbytes for entry in self._entries.values()))
+        except BaseException as error:
+            self.close()
+            if isinstance(error, MsoError) or not isinstance(error, OSError):
+                raise
             raise SinkError(
                 f"{self._target.parent}: cannot be written: {error.strerror}; choose another folder"
             ) from error
-        self._entries = self._verified(sizes)
-        self._require_space(sum(sizes.values()) - sum(entry.nbytes for entry in self._entries.values()))
+
+    def _require_replaceable(self, finished: str | None, job: str) -> None:
+        """Refuse a place that the finished folder could not be renamed to."""
+        if os.path.ismount(self._target):
+            raise SinkError(
+                f"{self.path}: is a mount point, the output must be a folder that a finished one can replace; "
+                "give a folder inside it"
+            )
+        if not self._target.exists() or (self._target.is_dir() and not any(self._target.iterdir())):
+            return
+        if finished is None:
+            raise SinkError(
+                f"{self.path}: the output must be a new or empty folder, found files that are not of this tool "
+                f"(no {MANIFEST}); choose another folder"
+            )
+        if not self._fresh:
+            raise SinkError(
+                f"{self.path}: holds a finished run with another source or other settings (job {finished[:12]}, "
+                f"this one is {job[:12]}); choose another folder, or replace it with --fresh"
+            )
 
     def _finished_entries(self, sizes: Mapping[str, int]) -> dict[str, Entry]:
-        manifest = json.loads((self.path / MANIFEST).read_bytes())
-        entries = {name: Entry(e["nbytes"], e["sha256"]) for name, e in manifest["files"].items()}
+        """Files of a finished output by its manifest; SinkError when one is missing or has another size."""
+        try:
+            files = json.loads((self._target / MANIFEST).read_bytes())["files"]
+            entries = {name: Entry(files[name]["nbytes"], files[name]["sha256"]) for name in sizes}
+        except (ValueError, KeyError, TypeError) as error:
+            raise SinkError(
+                f"{self.path / MANIFEST}: must list all {len(sizes)} files of the output, it does not ({error!r}); "
+                "start over with --fresh"
+            ) from error
         for name, entry in entries.items():
-            path = self.path / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != entry.nbytes or name not in sizes:
+            path = self._target / name
+            found = f"{path.stat().st_size:,}" if path.is_file() else "none"
+            if found != f"{entry.nbytes:,}":
                 raise SinkError(
-                    f"{path}: the finished output had {entry.nbytes:,} bytes there, found {found}; "
-                    "run `mso-hub verify` on it, or start over with --fresh"
+                    f"{self.path / name}: the finished output had {entry.nbytes:,} bytes there, found {found}; "
+                    "restore it, or start over with --fresh"
                 )
         return entries
 
@@ -158,6 +199,15 @@ class LocalSink:
                 done[name] = entry
         return done
 
+    def _discard_leftovers(self) -> None:
+        """What is not known to be complete must neither be published nor fill the disk."""
+        for path in sorted(self.staging.rglob("*"), reverse=True):
+            if not path.is_dir():
+                if path.relative_to(self.staging).as_posix() not in self._entries:
+                    path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+
     def _require_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.staging).free
         if free < needed + RESERVE:
@@ -169,26 +219,27 @@ class LocalSink:
     @contextmanager
     def open(self, file: str, nbytes: int) -> Iterator[_HashingFile]:
         """A file of known size; synced, then journaled."""
-        path = self.staging / file
-        try:
+        journal, path = self._open_journal, self.staging / file
+        with _naming(path, nbytes):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb", buffering=0) as raw:
-                writer = _HashingFile(raw)
-                yield writer
+            raw = path.open("wb", buffering=0)
+        with raw:
+            writer = _HashingFile(path, nbytes, raw)
+            yield writer
+            if writer.nbytes != nbytes:
+                raise SinkError(f"{path}: announced {nbytes:,} bytes, got {writer.nbytes:,}; please report this")
+            with _naming(path, nbytes):
                 os.fsync(raw.fileno())
-        except OSError as error:
-            if isinstance(error, SinkError) or error.errno is None:
-                raise
-            way_out = "free some space, then run the same command" if error.errno == errno.ENOSPC else "run it again"
-            raise SinkError(f"{path}: {nbytes:,} bytes could not be written: {error.strerror}; {way_out}") from error
-        if writer.nbytes != nbytes:
-            raise SinkError(f"{path}: announced {nbytes:,} bytes, got {writer.nbytes:,}; please report this")
-        self._entries[file] = Entry(nbytes, writer.sha.hexdigest())
-        self._open_journal.done(file, self._entries[file])
+        entry = Entry(nbytes, writer.sha.hexdigest())
+        with _naming(self.journal, nbytes):
+            journal.done(file, entry)
+        self._entries[file] = entry
 
     def note(self, key: str, value: float) -> None:
         """Remember a number in the journal."""
-        self._open_journal.note(key, value)
+        journal = self._open_journal
+        with _naming(self.journal, len(key)):
+            journal.note(key, value)
 
     def commit(self, manifest: bytes) -> None:
         """Rename the finished folder into place; nothing to do where it already is."""
@@ -203,17 +254,21 @@ class LocalSink:
                 _sync_folder(folder)
             self.staging.rename(self._target)
             _sync_folder(self._target.parent)
-            self.journal.unlink()
+            self.journal.unlink(missing_ok=True)
         except OSError as error:
             raise SinkError(
                 f"{self.path}: the finished folder {self.staging} could not be renamed to it: {error.strerror}; "
-                "a mount point cannot be the output, give a folder inside it"
+                "clear the way, then run the same command"
             ) from error
         finally:
             self.close()
 
     def close(self) -> None:
-        """Release the lock; what is journaled stays for the next run."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        """Release the lock; what is journaled stays for the next run, a run that completed nothing leaves no trace."""
+        journal, self._journal = self._journal, None
+        if journal is None:
+            return
+        if not journal.files and not journal.notes:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.journal.unlink(missing_ok=True)
+        journal.close()

@@ -28,6 +28,7 @@ class MemorySink:
         self._name = name
         self._job = ""
         self._staged: dict[str, bytes] = {}
+        self._entries: dict[str, Entry] = {}
         self._notes: dict[str, float] = {}
         self.files: dict[str, bytes] = {}
 
@@ -49,7 +50,7 @@ class MemorySink:
     @property
     def entries(self) -> Mapping[str, Entry]:
         """Complete files."""
-        return {f: Entry(len(d), hashlib.sha256(d).hexdigest()) for f, d in self._staged.items()}
+        return self._entries
 
     def begin(self, job: str, sizes: Mapping[str, int]) -> None:
         """Refuse another job than the one that is here."""
@@ -57,6 +58,7 @@ class MemorySink:
             raise ResumeError(f"{self._name}: holds the job {self._job[:12]}, asked for {job[:12]}; use a new one")
         self._job = job
         self._staged = {f: d for f, d in self._staged.items() if sizes.get(f) == len(d)}
+        self._entries = {f: self._entries[f] for f in self._staged}
 
     @contextmanager
     def open(self, file: str, nbytes: int) -> Iterator[_Buffer]:
@@ -66,6 +68,7 @@ class MemorySink:
         if len(buffer.data) != nbytes:
             raise SinkError(f"{self._name}/{file}: announced {nbytes:,} bytes, got {len(buffer.data):,}")
         self._staged[file] = bytes(buffer.data)
+        self._entries[file] = Entry(nbytes, hashlib.sha256(buffer.data).hexdigest())
 
     def note(self, key: str, value: float) -> None:
         """Remember a number."""

@@ -13,6 +13,11 @@ from mso_hub.errors import CheckpointError
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
 
 
+def _is_text(name: str) -> bool:
+    """Is a file name real text? Python spells bytes that are not UTF-8 as lone surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 class LocalSource:
     """Files below one folder. Safe to read from several threads."""
 
@@ -30,12 +35,17 @@ class LocalSource:
         return self._folder
 
     def files(self) -> dict[str, int]:
-        """Every regular file below the folder (links followed), without version control and caches."""
+        """Every regular file below the folder (links followed), without version control and caches.
+
+        Raises CheckpointError for a link to nothing and for a name that is not UTF-8: no repo can hold it.
+        """
         found: dict[str, int] = {}
         for root, folders, names in os.walk(self._folder, followlinks=False):
             folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
             for name in sorted(names):
                 path = Path(root, name)
+                if not _is_text(name):
+                    raise CheckpointError(f"{str(path)!r}: file names must be UTF-8; rename or remove this one")
                 if path.is_file():
                     found[path.relative_to(self._folder).as_posix()] = path.stat().st_size
                 elif path.is_symlink():

@@ -41,6 +41,8 @@ class MemorySource:
     def read(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of `file`."""
         self.reads.append((file, begin, end))
+        if file not in self._files:
+            raise CheckpointError(f"{self._name}/{file}: cannot be read: there is no such file")
         data = self._files[file][begin:end]
         if len(data) != end - begin:
             raise CheckpointError(f"{self._name}/{file}: wanted bytes [{begin:,}, {end:,}), got {len(data):,}")

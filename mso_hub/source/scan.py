@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from mso_hub.checkpoint import Checkpoint, Group, Shard, TensorInfo, header_length, parse_header, parse_index
+from mso_hub.checkpoint import (
+    Checkpoint,
+    Group,
+    Shard,
+    TensorInfo,
+    header_length,
+    parse_config,
+    parse_header,
+    parse_index,
+)
 from mso_hub.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,17 +35,6 @@ def read_shard(source: Source, file: str, size: int) -> Shard:
     if len(raw) < length:
         raw += source.read(file, len(first), 8 + length).tobytes()
     return parse_header(raw, file, size)
-
-
-def read_json(source: Source, file: str, size: int) -> dict[str, Any]:
-    """A JSON object of the repo; CheckpointError when it is none."""
-    try:
-        value = json.loads(source.read(file, 0, size).tobytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}; fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: must hold a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _merge(shards: Iterable[Shard], where: str) -> dict[str, TensorInfo]:
@@ -112,6 +109,8 @@ def read_checkpoint(source: Source) -> Checkpoint:
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(f"{name}\0{source.stamp(name)}\0".encode())
-    config = read_json(source, "config.json", files["config.json"]) if "config.json" in files else {}
+    config: dict[str, Any] = {}
+    if "config.json" in files:
+        config = parse_config(source.read("config.json", 0, files["config.json"]).tobytes(), "config.json")
     rest = {n: s for n, s in files.items() if n not in shards and n not in indices}
     return Checkpoint(source.name, digest.hexdigest(), shards, tuple(groups), config, rest)

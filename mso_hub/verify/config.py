@@ -11,7 +11,7 @@ from mso_hub.checkpoint import Checkpoint
 from mso_hub.formats.detect import quantization_configs
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
-from mso_hub.plan.recipe import default_reason
+from mso_hub.plan.recipe import DEFAULT_IGNORE
 
 SHOWN = 3
 
@@ -60,10 +60,8 @@ def config_problems(checkpoint: Checkpoint, weights: Sequence[Weight], runtime_s
     if covered:
         yield f"config.json: ignore covers modules that are stored packed: {_shown(covered)}"
     linear = [w for w in weights if w.decoder is None and len(w.shape) == 2 and w.name.endswith(".weight")]
-    open_ones = [
-        w.module for w in linear
-        if w.dtype in FLOAT_DTYPES and default_reason(w.module) != "embedding" and not is_ignored(config, w.module)
-    ]  # fmt: skip
+    modules = [w.module for w in linear if w.dtype in FLOAT_DTYPES]
+    open_ones = [m for m in modules if not (DEFAULT_IGNORE["embedding"].search(m) or is_ignored(config, m))]
     if open_ones:
         yield f"config.json: stored dense and not in ignore, so loaders expect them packed: {_shown(open_ones)}"
     yield from _layout_problems(checkpoint, config, packed)

@@ -1,0 +1,188 @@
+"""The map in the docstring of mso_hub is true: modules, ranks, directions, and who may load what is heavy."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import mso_hub
+from tests.helpers import tiny_moe
+
+ROOT = Path(mso_hub.__file__).resolve().parent
+FILES = sorted(ROOT.rglob("*.py"))
+MAP = mso_hub.__doc__ or ""
+RANK = {name: int(rank) for rank, name in re.findall(r"^ +(\d+) +(\w+) ", MAP, re.MULTILINE)}
+WITHIN_A_RANK = set(re.findall(r"`(\w+) -> (\w+)`", MAP))
+HEAVY = {
+    "torch",
+    "numba",
+    "llvmlite",
+    "safetensors",
+    "huggingface_hub",
+    "transformers",
+    "compressed_tensors",
+    "modelopt",
+}
+LAZY = {"huggingface_hub", "hf_xet", "vllm", "ipywidgets", "transformers", "compressed_tensors", "modelopt", "ray"}
+
+
+def dotted(path: Path) -> str:
+    """mso_hub/plan/select.py -> mso_hub.plan.select."""
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def room(module: str) -> str:
+    """mso_hub.plan.select -> plan; the package itself is the empty string."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def statements(node: ast.AST, *, typing_too: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Imports that run when a module is loaded, those under `if TYPE_CHECKING:` on request."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            if typing_too:
+                yield from statements(child, typing_too=True)
+        elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from statements(child, typing_too=typing_too)
+
+
+def targets(statement: ast.Import | ast.ImportFrom) -> list[str]:
+    """Modules that an import statement loads: `from mso_hub.plan import select` -> mso_hub.plan.select."""
+    if isinstance(statement, ast.Import):
+        return [alias.name for alias in statement.names]
+    base = statement.module or ""
+    below = [f"{base}.{alias.name}" for alias in statement.names]
+    return [name if name in MODULES else base for name in below]
+
+
+def all_imports(module: str) -> set[str]:
+    """Everything that a module imports anywhere, inside functions and under TYPE_CHECKING too."""
+    nodes = [n for n in ast.walk(MODULES[module]) if isinstance(n, ast.Import | ast.ImportFrom)]
+    return {name for node in nodes for name in targets(node)}
+
+
+def load_imports(module: str, *, typing_too: bool = False) -> set[str]:
+    """What loading a module imports."""
+    return {name for node in statements(MODULES[module], typing_too=typing_too) for name in targets(node)}
+
+
+def test_the_table_lists_every_module_and_nothing_else() -> None:
+    """A new file or room at the top level needs a line in the map, and a line needs its file."""
+    assert set(RANK) == {room(module) for module in MODULES} - {""}
+
+
+def test_there_are_no_relative_imports() -> None:
+    """One way to write an import, so that these tests see them all."""
+    relative = [
+        module
+        for module, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert not relative
+
+
+def test_imports_only_point_down() -> None:
+    """A module may import lower ranks and its own room; inside functions and for type checkers too."""
+    wrong = [
+        f"{module} imports {target}"
+        for module in MODULES
+        for target in all_imports(module)
+        if target.split(".")[0] == "mso_hub" and room(module) and not may_import(room(module), room(target))
+    ]
+    assert not wrong
+
+
+def may_import(here: str, there: str) -> bool:
+    """The rule of the map; the package itself may be imported by nobody, its names live elsewhere."""
+    return here == there or (here, there) in WITHIN_A_RANK or (there != "" and RANK[there] < RANK[here])
+
+
+def test_every_exception_of_the_map_is_used_and_needed() -> None:
+    """An arrow within a rank that nobody follows, or that ranks allow anyway, is a stale sentence."""
+    used = {(room(m), room(t)) for m in MODULES for t in all_imports(m) if t.split(".")[0] == "mso_hub"}
+    assert used >= WITHIN_A_RANK
+    assert all(RANK[here] == RANK[there] for here, there in WITHIN_A_RANK)
+
+
+def test_there_are_no_cycles() -> None:
+    """No module needs itself while it is loaded."""
+    graph = {m: {t for t in load_imports(m) if t in MODULES} - {m} for m in MODULES}
+    for module, loads in graph.items():  # loading a.b.c loads the packages a.b and a too, unless they came first
+        loads |= {p for p in MODULES for t in loads if t.startswith(f"{p}.") and not module.startswith(p)}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
+    assert set(order) == set(MODULES)
+
+
+def test_what_only_some_need_is_never_imported_on_load() -> None:
+    """The Hub client, vLLM, widgets and the reference libraries are imported in the function that needs them."""
+    found = {
+        f"{module}: {name}"
+        for module in MODULES
+        for name in load_imports(module, typing_too=True)
+        if name.split(".")[0] in LAZY
+    }
+    assert not found
+
+
+def test_arithmetic_libraries_live_in_one_room() -> None:
+    """torch and numba are imported below formats/numerics and nowhere else, not even inside a function."""
+    found = {
+        f"{module}: {name}"
+        for module in MODULES
+        for name in all_imports(module)
+        if name.split(".")[0] in {"torch", "numba"} and not module.startswith("mso_hub.formats.numerics")
+    }
+    assert not found
+
+
+PROGRAM = """
+import sys
+from mso_hub.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    sys.stderr.write("LOADED " + " ".join(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+def loaded_by(*argv: str) -> set[str]:
+    """Top-level modules that one command of the CLI loads; fails when the command does."""
+    run = subprocess.run([sys.executable, "-c", PROGRAM, *argv], capture_output=True, text=True, check=True)
+    return set(run.stderr.rpartition("LOADED ")[2].split())
+
+
+@pytest.mark.parametrize("command", ["--help", "plan --help", "inspect", "plan", "plan --json --all_linear"])
+def test_commands_that_read_headers_load_nothing_heavy(command: str, tmp_path: Path) -> None:
+    """`--help`, `inspect` and `plan` answer without torch, numba or any other heavy library."""
+    words = command.split()
+    folder = [] if "--help" in words else [str(tiny_moe(tmp_path / "moe"))]
+    loaded = loaded_by(*words, *folder)
+    assert "click" in loaded
+    assert not loaded & HEAVY
+    if "--help" in words:
+        assert "numpy" not in loaded
+
+
+def test_public_names_are_there() -> None:
+    """Everything in `__all__` can be imported, and nothing else pretends to."""
+    assert all(getattr(mso_hub, name) is not None for name in mso_hub.__all__)
+    assert sorted(mso_hub.__all__) == mso_hub.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mso_hub.nothing  # noqa: B018 - the access is the test

@@ -1,0 +1,46 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from mso_hub.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_console_blocks_are_the_real_output() -> None:
+    """Every `$ mso-hub ...` of the README prints what stands below it (python tools/readme.py renews it)."""
+    argv = [sys.executable, str(ROOT / "tools" / "readme.py"), "--check"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_python_block_runs(tmp_path: Path) -> None:
+    """The Python example works as printed, on the small trained model."""
+    (tmp_path / "model-bf16").symlink_to(ROOT / "tests" / "models" / "tiny-qwen3-moe")
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 1
+    done = subprocess.run([sys.executable, "-c", blocks[0]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model-nvfp4" / "config.json").is_file()
+
+
+def test_every_command_is_in_the_readme() -> None:
+    """The table of commands lists each verb and nothing that does not exist."""
+    assert isinstance(main, click.Group)
+    assert set(re.findall(r"^\| `mso-hub ([\w-]+)", README, re.MULTILINE)) == set(main.commands)
+
+
+def test_every_option_that_the_readme_names_exists() -> None:
+    """No option is advertised that no command has."""
+    assert isinstance(main, click.Group)
+    options = {form for command in main.commands.values() for p in command.params for form in (*p.opts, *p.secondary_opts)}
+    named = set(re.findall(r"`(?:[^`]*\s)?(--[a-z_]+)", README))
+    assert named <= options, named - options
