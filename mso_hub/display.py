@@ -138,9 +138,11 @@ def inspect_text(checkpoint: Checkpoint) -> str:
     facts = inspect_dict(checkpoint)
     shards = [(n, s["tensors"], size(s["nbytes"])) for n, s in facts["shards"].items()]
     more = [(f"and {len(shards) - SHOWN} more", "", "")] if len(shards) > SHOWN else []
-    quantization = ", ".join(" ".join(q.values()) for q in facts["quantization"]) or "none announced"
+    quantization = ", ".join(" ".join(map(str, q.values())) for q in facts["quantization"]) or "none announced"
+    named = facts["architectures"]
+    architectures = ", ".join(map(str, named)) if isinstance(named, list) and named else named or "no architecture"
     return "\n\n".join([
-        f"{facts['name']}: {', '.join(facts['architectures'] or ['no architecture'])}, quantization: {quantization}",
+        f"{facts['name']}: {architectures}, quantization: {quantization}",
         table([(d, v["tensors"], size(v["nbytes"])) for d, v in facts["dtypes"].items()], ("dtype", "tensors", "size")),
         table([*shards[:SHOWN], *more], ("shard", "tensors", "size")),
     ])  # fmt: skip

@@ -41,10 +41,10 @@ def convert(
     """
     source, sink = _opened(source, sink)
     plan = make_plan(source, recipe)
-    on_event(PlanReady(plan.read_bytes, plan.write_bytes, len(plan.shards)))
     sizes = plan.sizes(source.files())
     sink.begin(plan.job, sizes)
     try:
+        on_event(PlanReady(plan.read_bytes, plan.write_bytes, len(plan.shards)))
         done = set(sink.entries)
         for shard in (s for s in plan.shards if s.name in done):
             on_event(ShardResumed(shard.name, shard.read_bytes))

@@ -5,26 +5,35 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING, NoReturn
 
 from mso_hub.events import Event, Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 
 class Bar:
-    """One bar over the source's bytes: amount, rate, time left, and how many shards are complete."""
+    """One bar over the source's bytes: amount, rate, time left, and how many shards are complete.
+
+    It appears with the plan, so that a refusal is a message and nothing else.
+    """
 
     def __init__(self) -> None:
-        from tqdm import tqdm  # not needed by --help
-
-        self._bar = tqdm(unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True, leave=True)
+        self._bar: tqdm[NoReturn] | None = None
         self._shards = 0
         self._done = 0
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
         if isinstance(event, PlanReady):
-            self._bar.reset(total=event.read_bytes)
+            from tqdm import tqdm  # not needed by --help
+
+            self._bar = tqdm(total=event.read_bytes, unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True)
             self._shards = event.shards
-        elif isinstance(event, TensorDone):
+        if self._bar is None:
+            return
+        if isinstance(event, TensorDone):
             self._bar.update(event.nbytes)
         elif isinstance(event, ShardResumed | ShardDone):
             self._done += 1
@@ -34,6 +43,11 @@ class Bar:
                 self._bar.update(event.nbytes)
             self._bar.set_postfix_str(f"shard {self._done}/{self._shards}", refresh=False)
         elif isinstance(event, Published):
+            self.close()
+
+    def close(self) -> None:
+        """End its line, so that what comes next starts on one of its own."""
+        if self._bar is not None:
             self._bar.close()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 
 INDEX = "model.safetensors.index.json"
 Shards = Mapping[str, Mapping[str, torch.Tensor]]
@@ -62,6 +62,14 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.rglob("*.safetensors")):
         tensors |= load_file(path)
+    return tensors
+
+
+def tensors_in(files: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
+    """All tensors of all shards among files in memory, read by the safetensors library."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, data in sorted(files.items()):
+        tensors |= load(data) if name.endswith(".safetensors") else {}
     return tensors
 
 

@@ -40,38 +40,45 @@ def convert(source: Path, target: Path, *more: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def paused(arguments: list[str], event: str = "ShardDone") -> Iterator[subprocess.Popen[str]]:
-    """A running conversion, stopped at the first event of a kind; the block resumes it, or it is killed."""
+def paused(arguments: list[str], event: str = "ShardDone") -> Iterator[subprocess.Popen[bytes]]:
+    """A running conversion, stopped at the first event of a kind; killed when the block ends."""
     process = subprocess.Popen(
-        [*arguments, "--progress", "json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        [*arguments, "--progress", "json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     )
     try:
         assert process.stdout is not None
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, SMALLEST_PIPE)
-        for line in process.stdout:
-            if json.loads(line)["event"] == event:
-                break
+        while json.loads(process.stdout.readline())["event"] != event:
+            pass
         os.kill(process.pid, signal.SIGSTOP)
-        assert process.poll() is None, "the program ended before it could be stopped"
         yield process
     finally:
         process.kill()
         process.communicate()
 
 
-def proceed(process: subprocess.Popen[str]) -> tuple[int, list[dict[str, Any]], str]:
+def proceed(process: subprocess.Popen[bytes]) -> tuple[int, list[dict[str, Any]], str]:
     """Let a stopped conversion go on to its end -> exit code, the rest of its events, its messages."""
     os.kill(process.pid, signal.SIGCONT)
     out, err = process.communicate(timeout=TIMEOUT)
-    return process.returncode, [json.loads(line) for line in out.splitlines()], err
+    return process.returncode, [json.loads(line) for line in out.splitlines()], err.decode()
+
+
+def listing(folder: Path) -> list[str]:
+    """Names in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, and the folders themselves; {} when there is none."""
-    return {
-        path.relative_to(folder).as_posix(): "folder" if path.is_dir() else sha256(path.read_bytes())
-        for path in sorted(folder.rglob("*"))
-    }
+    """SHA-256 of every file below a folder, with the folders and links themselves; {} when there is none."""
+    return {path.relative_to(folder).as_posix(): digest(path) for path in sorted(folder.rglob("*"))}
+
+
+def digest(path: Path) -> str:
+    """What a path holds, in a word."""
+    if path.is_symlink():
+        return f"link to {path.readlink()}"
+    return "folder" if path.is_dir() else sha256(path.read_bytes())
 
 
 def sha256(data: bytes) -> str:

@@ -258,6 +258,14 @@ def test_deep_nesting_never_exhausts_the_stack(field: str, depth: int) -> None:
         parse(b'{"__metadata__": ' + b"[" * depth + b"]" * depth + b"}", 0)
 
 
+def test_an_empty_tensor_may_share_its_place() -> None:
+    """It begins where another one begins, before it or behind it in the header."""
+    empty = {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}
+    for header in ({"z": empty, **PAIR}, {**PAIR, "z": empty}):
+        assert library_reads(text_of(header), PAIR_BYTES)
+        assert sorted(i.name for i in parse(text_of(header)).tensors) == ["a", "b", "z"]
+
+
 def test_metadata_may_be_null() -> None:
     """The library writes and reads a null `__metadata__`; so do we."""
     raw = text_of(PAIR | {"__metadata__": None})

@@ -41,6 +41,8 @@ def test_every_command_is_in_the_readme() -> None:
 def test_every_option_that_the_readme_names_exists() -> None:
     """No option is advertised that no command has."""
     assert isinstance(main, click.Group)
-    options = {form for command in main.commands.values() for p in command.params for form in (*p.opts, *p.secondary_opts)}
+    options = {
+        form for command in main.commands.values() for p in command.params for form in (*p.opts, *p.secondary_opts)
+    }
     named = set(re.findall(r"`(?:[^`]*\s)?(--[a-z_]+)", README))
     assert named <= options, named - options

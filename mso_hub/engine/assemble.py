@@ -56,8 +56,7 @@ class _Assembler:
     def _take(self, piece: Piece) -> None:
         if self._shard is None:
             self._begin(piece.shard)
-        if piece.data.nbytes:
-            self._stash.setdefault(piece.info.name, []).append(piece.data)
+        self._stash.setdefault(piece.info.name, []).append(piece.data)
         self._drain()
         if piece.done and piece.step is piece.shard.steps[-1]:
             self._end()

@@ -133,6 +133,8 @@ def packed_int(
     """
     bits, group = args.get("num_bits"), args.get("group_size") or 0
     packed, scale = parts["packed"], parts["scale"]
+    if not isinstance(group, int):
+        raise PlanError(f"{module}: group_size must be a number of columns or null, got {group!r}; there is no decoder")
     if args.get("type") != "int" or not isinstance(bits, int) or not 2 <= bits <= 8 or packed.dtype != "I32":
         raise PlanError(
             f"{module}: pack-quantized needs int codes of 2 to 8 bits in I32, got "

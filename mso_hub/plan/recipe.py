@@ -31,7 +31,9 @@ MLP_LEAVES = frozenset(
         "dense_4h_to_h",
     ]
 )
-MLP_PARENT = re.compile(r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe|moe|experts|shared_experts?|share_expert)(\.|$)")
+MLP_PARENT = re.compile(
+    r"(^|\.)(mlps?|ffn|feed_forward|block_sparse_moe|moe|mixer|experts|shared_experts?|share_expert)(\.|$)"
+)
 """Path components under which a linear layer belongs to the feed-forward part, in every family we know."""
 
 DEFAULT_IGNORE: dict[str, re.Pattern[str]] = {
@@ -63,7 +65,7 @@ class Recipe:
     scheme          key of FORMATS: what weights become
     layout          how the scheme is named on disk, one of LAYOUTS
     mode            which modules `targets` stands for when it is empty: one of MODES
-    targets         globs or `re:` patterns of module names, replaces `mode`
+    targets         globs or `re:` patterns of module names, or "Linear" for all; replaces `mode`
     ignore          globs or `re:` patterns of module names that keep their numbers; each must match something
     imported_ignore patterns of a reference model's config; those that match nothing here are reported
     default_ignore  leave embeddings, heads, norms, routers, convolutions, vision, projectors and MTP alone

@@ -15,6 +15,8 @@ from mso_hub.plan.fusion import units
 from mso_hub.plan.recipe import Patterns, Recipe, default_reason, is_mlp
 
 DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+LINEAR = "Linear"
+"""The target that means every linear layer, as compressed-tensors recipes write it."""
 EXPERT = re.compile(r"^(?P<bank>.*\bexperts)\.\d+\.(?P<leaf>\w+)$")
 
 
@@ -54,7 +56,9 @@ def _layers(config: Mapping[str, Any]) -> int | None:
 
 def _chooser(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Callable[[Weight], str | None], list[Patterns]]:
     """Function from a linear weight to why it stays (None: it is chosen), and the pattern sets that it uses."""
-    ignore, imported, targets = (Patterns(p) for p in (recipe.ignore, recipe.imported_ignore, recipe.targets))
+    named = [target for target in recipe.targets if target != LINEAR]
+    ignore, imported, targets = (Patterns(p) for p in (recipe.ignore, recipe.imported_ignore, named))
+    everything = recipe.mode == "all-linear" or LINEAR in recipe.targets
     layers = _layers(config)
 
     def reason(weight: Weight) -> str | None:
@@ -70,11 +74,11 @@ def _chooser(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Callable[[Weigh
             layer = DECODER_LAYER.search(module)
             if layer and layers is not None and int(layer[1]) >= layers:
                 return "MTP"
-        if recipe.targets:
+        if recipe.targets and LINEAR not in recipe.targets:
             return None if target else "no target matches"
         if len(weight.shape) != 2 and not is_fused_experts(weight):
             return "not a matrix"
-        if recipe.mode == "mlp" and not (is_fused_experts(weight) or is_mlp(module)):
+        if not (everything or is_fused_experts(weight) or is_mlp(module)):
             return "outside the MLP (--all_linear takes it)"
         return None
 

@@ -255,6 +255,12 @@ def text_name(name: str, *, wrapped: bool) -> str | None:
     return None
 
 
+def _model_type(fields: Mapping[str, Any]) -> str | None:
+    """What the config says, as text whatever it is."""
+    value = fields.get("model_type")
+    return value if value is None or isinstance(value, str) else repr(value)
+
+
 def _text_fields(config: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
     """Text model_type and text fields, wherever this config keeps them."""
     for path in _NESTED:
@@ -262,8 +268,8 @@ def _text_fields(config: Mapping[str, Any]) -> tuple[str | None, Mapping[str, An
         for key in path:
             fields = fields.get(key) if isinstance(fields, Mapping) else None
         if isinstance(fields, Mapping):
-            return fields.get("model_type"), fields
-    model_type = config.get("model_type")
+            return _model_type(fields), fields
+    model_type = _model_type(config)
     if model_type in _FLAT and "vision_config" in config:
         return _FLAT[model_type], config
     raise PlanError(

@@ -22,6 +22,9 @@ from mso_hub.formats.weight import Array
 from mso_hub.sink.journal import Entry, Journal
 
 MANIFEST = "mso_hub.json"
+BEHIND = 32 << 20
+"""Bytes after which the kernel is told to write out what it has and to forget it: the disk works while the shard
+grows, fsync has little left to do, and a checkpoint larger than memory does not push its own source out of the cache."""
 RESERVE = 1 << 20
 """Bytes that must stay free beyond the output: journal, directory entries."""
 
@@ -46,10 +49,12 @@ class _HashingFile:
         # As one row of bytes, also where the array has no element or no dimension.
         view = memoryview(data if isinstance(data, bytes) else data.reshape(-1).view("u1").data)
         self.sha.update(view)
-        self.nbytes += len(view)
+        before, self.nbytes = self.nbytes, self.nbytes + len(view)
         with _naming(self._path, self._planned):
             while view:
                 view = view[self._file.write(view) :]
+            if self.nbytes // BEHIND != before // BEHIND and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

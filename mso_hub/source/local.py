@@ -39,8 +39,12 @@ class LocalSource:
 
         Raises CheckpointError for a link to nothing and for a name that is not UTF-8: no repo can hold it.
         """
+
+        def refuse(error: OSError) -> None:
+            raise CheckpointError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
         found: dict[str, int] = {}
-        for root, folders, names in os.walk(self._folder, followlinks=False):
+        for root, folders, names in os.walk(self._folder, onerror=refuse, followlinks=False):
             folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
             for name in sorted(names):
                 path = Path(root, name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from mso_hub.engine.threads import default_workers
 from mso_hub.errors import VerifyError
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import read_rows
-from mso_hub.verify.report import TensorError
+from mso_hub.verify.report import TensorError, plain
 from mso_hub.verify.run import Opened, distance, global_scale, open_weights
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -39,8 +40,8 @@ class Comparison:
     scales: tuple[Mapping[str, tuple[float, ...]], Mapping[str, tuple[float, ...]]]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON; a number that is not finite is null there."""
+        return cast("dict[str, Any]", plain(asdict(self)))
 
 
 def _scale_quantiles(opened: Opened) -> dict[str, tuple[float, ...]]:
@@ -51,7 +52,8 @@ def _scale_quantiles(opened: Opened) -> dict[str, tuple[float, ...]]:
     for weight in opened.weights.values():
         if isinstance(weight.decoder, Nvfp4Decoder):
             scale = global_scale(opened, weight)
-            multipliers.append(scale if weight.decoder.layout == "modelopt" else 1 / scale)
+            if 0 < scale < math.inf:
+                multipliers.append(scale if weight.decoder.layout == "modelopt" else 1 / scale)
             counts += np.bincount(read_rows(opened.source.read, weight.parts["scale"]).reshape(-1), minlength=256)
     if not multipliers:
         return {}
@@ -73,7 +75,9 @@ def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
         raise VerifyError(f"{first} and {second}: share none of their {len(a.weights)} and {len(b.weights)} weights")
     with ThreadPoolExecutor(default_workers()) as pool:
         outcomes = list(pool.map(lambda n: distance(b, a, b.weights[n], a.weights[n]), common))
-    errors = tuple(sorted((e for e in outcomes if e is not None), key=lambda e: -e.nmse))
+    errors = tuple(
+        sorted((e for e in outcomes if e is not None), key=lambda e: -math.inf if math.isnan(e.nmse) else -e.nmse)
+    )
     return Comparison(
         (str(first), str(second)),
         len(common),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,15 +16,31 @@ from mso_hub.plan.recipe import DEFAULT_IGNORE
 SHOWN = 3
 
 
-def is_ignored(config: Mapping[str, Any], module: str) -> bool:
+def _entries(config: Mapping[str, Any]) -> list[str]:
+    ignore = config.get("ignore")
+    return [e for e in ignore if isinstance(e, str)] if isinstance(ignore, list) else []
+
+
+def _compiled(entry: str) -> re.Pattern[str] | None:
+    """A `re:` entry, None when it is not a regular expression."""
+    try:
+        return re.compile(entry.removeprefix("re:"))
+    except re.error:
+        return None
+
+
+def ignored_by(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Does the ignore list of a quantization_config cover a module, as vLLM decides it?
 
     compressed-tensors entries match exactly or as `re:` patterns, ModelOpt entries as globs and as substrings.
     """
-    entries = [e for e in config.get("ignore") or () if isinstance(e, str)]
+    entries = _entries(config)
     if config.get("quant_method") == "compressed-tensors":
-        return module in entries or any(e.startswith("re:") and re.match(e[3:], module) for e in entries)
-    return any(fnmatchcase(module, e) or e in module for e in entries)
+        names = set(entries)
+        patterns = [p for p in map(_compiled, (e for e in entries if e.startswith("re:"))) if p is not None]
+        return lambda module: module in names or any(p.match(module) for p in patterns)
+    globs = [e for e in entries if any(c in e for c in "*?[")]
+    return lambda module: any(e in module for e in entries) or any(fnmatchcase(module, e) for e in globs)
 
 
 def _shown(modules: Sequence[str]) -> str:
@@ -56,12 +72,15 @@ def config_problems(checkpoint: Checkpoint, weights: Sequence[Weight], runtime_s
     if not packed:
         yield "config.json: announces a quantization, every weight is dense; remove quantization_config"
         return
-    covered = [w.module for w in packed if is_ignored(config, w.module)]
+    if broken := [e for e in _entries(config) if e.startswith("re:") and _compiled(e) is None]:
+        yield f"config.json: ignore holds patterns that are no regular expressions: {_shown(broken)}"
+    is_ignored = ignored_by(config)
+    covered = [w.module for w in packed if is_ignored(w.module)]
     if covered:
         yield f"config.json: ignore covers modules that are stored packed: {_shown(covered)}"
     linear = [w for w in weights if w.decoder is None and len(w.shape) == 2 and w.name.endswith(".weight")]
     modules = [w.module for w in linear if w.dtype in FLOAT_DTYPES]
-    open_ones = [m for m in modules if not (DEFAULT_IGNORE["embedding"].search(m) or is_ignored(config, m))]
+    open_ones = [m for m in modules if not (DEFAULT_IGNORE["embedding"].search(m) or is_ignored(m))]
     if open_ones:
         yield f"config.json: stored dense and not in ignore, so loaders expect them packed: {_shown(open_ones)}"
     yield from _layout_problems(checkpoint, config, packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ class Report:
     packed     weights stored packed
     hashed     files whose SHA-256 equals the manifest's
     units      fused units with two packed members or more, all of one global scale unless problems say otherwise
-    identical  dense tensors whose bytes equal the source's
+    identical  weights stored as in the source, byte for byte
     errors     distance of every weight that changed
     reference  what it was compared with byte by byte -> number of equal tensors
     """
@@ -53,5 +54,14 @@ class Report:
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"ok": self.ok, **asdict(self)}
+        """For JSON; a number that is not finite is null there."""
+        return {"ok": self.ok, **plain(asdict(self))}
+
+
+def plain(value: Any) -> Any:
+    """The value without NaN and Inf, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

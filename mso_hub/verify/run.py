@@ -18,7 +18,7 @@ from mso_hub.errors import PlanError, VerifyError
 from mso_hub.events import Listener, TensorDone, ignore
 from mso_hub.formats.detect import read_weights
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
-from mso_hub.formats.weight import Array, Reader, Weight, read_rows
+from mso_hub.formats.weight import FLOAT_DTYPES, Array, Reader, Weight, read_rows
 from mso_hub.plan.experts import is_fused_experts, split_experts
 from mso_hub.plan.fusion import units
 from mso_hub.plan.text import text_model
@@ -141,10 +141,12 @@ def _index_problems(mine: Opened) -> Iterator[str]:
         if group.index is None:
             continue
         raw = mine.source.read(group.index, 0, mine.source.files()[group.index]).tobytes()
-        said = (json.loads(raw).get("metadata") or {}).get("total_size")
+        metadata = json.loads(raw).get("metadata")
+        said = metadata.get("total_size") if isinstance(metadata, dict) else None
         found = sum(group.tensors[name].nbytes for name in group.indexed)
         if said is not None and said != found:
-            yield f"{group.index}: total_size says {said:,} bytes, its tensors have {found:,}"
+            said = f"{said:,}" if isinstance(said, int | float) else repr(said)
+            yield f"{group.index}: total_size says {said} bytes, its tensors have {found:,}"
 
 
 def global_scale(mine: Opened, weight: Weight) -> float:
@@ -180,13 +182,13 @@ def _like(theirs: Opened, mine: Opened) -> Opened:
     """The source under the names of the output: vision parts dropped, fused experts split, where that was done."""
     weights = dict(theirs.weights)
     config = theirs.checkpoint.config
-    if len(mine.weights.keys() & weights.keys()) < len(mine.weights) // 2:
+    if mine.checkpoint.config.get("architectures") != config.get("architectures"):
         try:
             text = text_model(config, {n: w.shape for n, w in weights.items()})
             weights = {text.names[n]: replace(w, name=text.names[n]) for n, w in weights.items() if n in text.names}
             config = text.config
         except PlanError:
-            pass  # not a multimodal source: the names really differ, and that is reported as missing weights
+            pass  # not a multimodal source: if names differ, that is reported as missing weights
     for weight in [w for n, w in weights.items() if is_fused_experts(w) and n not in mine.weights]:
         del weights[weight.name]
         weights.update((part.name, part) for part in split_experts(weight, config, theirs.weights))
@@ -219,23 +221,35 @@ def _numbers(weight: Weight, read: Reader, start: int, stop: int) -> Array:
     return widen(values, dtype)
 
 
+def _layout(weight: Weight) -> tuple[object, ...]:
+    """How a weight is stored; equal for two weights whose bytes can be compared."""
+    return weight.dtype, weight.decoder, {role: (part.dtype, part.shape) for role, part in weight.parts.items()}
+
+
+def _bytes_of(array: Array) -> Array:
+    return array.reshape(-1).view(np.uint8)
+
+
 def distance(mine: Opened, theirs: Opened, now: Weight, before: Weight) -> TensorError | None:
     """Error of one weight, None when both are stored alike and their bytes are equal."""
     stored = now.decoder.name if now.decoder else now.dtype
     if now.shape != before.shape:
         return TensorError(now.name, math.inf, math.inf, f"{stored} {list(now.shape)}, source {list(before.shape)}")
     ranges = _row_ranges(now, before)
-    if now.decoder is None and before.decoder is None and now.dtype == before.dtype:
+    if _layout(now) == _layout(before):
         loads = ((now.load(mine.source.read, *r), before.load(theirs.source.read, *r)) for r in ranges)
-        if all(np.array_equal(a["weight"].view(np.uint8), b["weight"].view(np.uint8)) for a, b in loads):
+        if all(np.array_equal(_bytes_of(a[role]), _bytes_of(b[role])) for a, b in loads for role in a):
             return None
+    if any(w.decoder is None and w.dtype not in FLOAT_DTYPES for w in (now, before)):
+        return TensorError(now.name, math.inf, math.inf, f"{stored}, other bytes than the source")
     error = energy = largest = 0.0
-    for start, stop in ranges:
-        reference = _numbers(before, theirs.source.read, start, stop)
-        difference = _numbers(now, mine.source.read, start, stop) - reference
-        error += float(np.square(difference, dtype=np.float64).sum())
-        energy += float(np.square(reference, dtype=np.float64).sum())
-        largest = max(largest, float(np.abs(difference).max(initial=0)))
+    with np.errstate(all="ignore"):  # a damaged scale may give infinities: they are the finding
+        for start, stop in ranges:
+            reference = _numbers(before, theirs.source.read, start, stop)
+            difference = _numbers(now, mine.source.read, start, stop) - reference
+            error += float(np.square(difference, dtype=np.float64).sum())
+            energy += float(np.square(reference, dtype=np.float64).sum())
+            largest = max(largest, float(np.abs(difference).max(initial=0)))
     nmse = error / energy if energy > 0 else (0.0 if error == 0 else math.inf)
     return TensorError(now.name, nmse, largest, stored)
 

@@ -93,9 +93,7 @@ def take_turns(bench: Bench, contenders: Iterable[Contender]) -> dict[str, list[
         for contender in contenders:
             if turn < contender.repeat:
                 runs[contender.label].append(bench.run(contender))
-                print(
-                    f"{contender.label}: {runs[contender.label][-1].total:.2f} s", file=sys.stderr, flush=True
-                )
+                print(f"{contender.label}: {runs[contender.label][-1].total:.2f} s", file=sys.stderr, flush=True)
     return runs
 
 
@@ -135,22 +133,12 @@ def modelopt_row(bench: Bench, seconds: float, reference: float) -> tuple[str, .
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--size-gb", type=float, default=2.0, help="bytes of the checkpoint / 10^9, by whole layers"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-gb", type=float, default=2.0, help="bytes of the checkpoint / 10^9, by whole layers")
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument(
-        "--hidden", type=int, default=4096, help="4096 is Llama 8B; less for a small checkpoint"
-    )
-    parser.add_argument(
-        "--workdir", type=Path, default=ROOT / "bench-work", help="the input stays there for reuse"
-    )
-    parser.add_argument(
-        "--repeat", type=int, default=3, help="runs of mso-hub and of cp; the others run once"
-    )
+    parser.add_argument("--hidden", type=int, default=4096, help="4096 is Llama 8B; less for a small checkpoint")
+    parser.add_argument("--workdir", type=Path, default=ROOT / "bench-work", help="the input stays there for reuse")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of mso-hub and of cp; the others run once")
     parser.add_argument(
         "--llm-compressor",
         type=Path,
@@ -159,12 +147,8 @@ def parse_options() -> argparse.Namespace:
         help="an interpreter that has llm-compressor",
     )
     parser.add_argument("--modelopt", action="store_true", help="also measure ModelOpt, if installed here")
-    parser.add_argument(
-        "--modelopt-seconds", type=float, default=60.0, help="how long ModelOpt may calculate"
-    )
-    parser.add_argument(
-        "--threads", type=int, help="OMP_NUM_THREADS for every contender; left alone by default"
-    )
+    parser.add_argument("--modelopt-seconds", type=float, default=60.0, help="how long ModelOpt may calculate")
+    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS for every contender; left alone by default")
     return parser.parse_args()
 
 
@@ -186,9 +170,7 @@ def main() -> None:
     runs = take_turns(bench, [copy(bench, options.repeat), contender, *([peer] if peer else [])])
     reference = median_run(runs[OURS]).total
 
-    rows = [
-        row(bench, label, len(several), median_run(several), reference) for label, several in runs.items()
-    ]
+    rows = [row(bench, label, len(several), median_run(several), reference) for label, several in runs.items()]
     rows.insert(2, row(bench, f"{OURS}, the first time (kernels are compiled)", 1, first, reference))
     if options.modelopt and (extra := modelopt_row(bench, options.modelopt_seconds, reference)):
         rows.append(extra)

@@ -45,9 +45,7 @@ def peak_rss(workdir: Path, size_gb: float, shards: int, hidden: int) -> tuple[i
 
 def main() -> None:
     """Measure, print the table, fail if the bound is broken."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=8.0)
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--hidden", type=int, default=4096)

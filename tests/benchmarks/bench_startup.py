@@ -50,9 +50,7 @@ def plan_row(workdir: Path, kind: str, repeat: int) -> tuple[str, ...]:
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=ROOT / "bench-work")
     parser.add_argument("--repeat", type=int, default=10, help="runs of --help; plan takes a third of them")
     options = parser.parse_args()

@@ -39,9 +39,7 @@ class Run:
         return self.seconds + self.sync_seconds
 
 
-def measure(
-    command: Sequence[str | Path], environment: Mapping[str, str] | None = None, *, sync: bool = False
-) -> Run:
+def measure(command: Sequence[str | Path], environment: Mapping[str, str] | None = None, *, sync: bool = False) -> Run:
     """Run `command` to its end. `sync` empties the write queue before, and waits for the disk after.
 
     The kernel counts the caller's own pages into the peak of a child that it starts: keep the caller small.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,33 +119,29 @@ class Source:
 
 
 class Full(MemorySink):
-    """A sink whose disk is full after some bytes."""
+    """A slow disk that is full after some bytes; knows how files were left and what was tried after the error."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
+        self.tried_in_vain = 0
+        self.left_with: list[type[BaseException]] = []
 
-    def open(self, file: str, nbytes: int) -> FullFile:  # type: ignore[override]
-        """A file of the full disk."""
-        return FullFile(self)
-
-
-class FullFile:
-    """Takes bytes as long as there is room."""
-
-    def __init__(self, disk: Full) -> None:
-        self.disk = disk
-
-    def __enter__(self) -> FullFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return
+    @contextmanager
+    def open(self, file: str, nbytes: int) -> Iterator[Any]:
+        """The disk itself takes the bytes."""
+        try:
+            yield self
+        except BaseException as error:
+            self.left_with.append(type(error))
+            raise
 
     def write(self, data: bytes | Array) -> None:
         """Count; the error when there is no room."""
-        self.disk.room -= len(data)
-        if self.disk.room < 0:
+        time.sleep(0.005)
+        self.room -= len(data)
+        if self.room < 0:
+            self.tried_in_vain += 1
             raise SinkError("disk: full")
 
 
@@ -150,10 +149,13 @@ def test_an_error_of_the_sink_stops_the_source_at_once() -> None:
     """At most a queue's worth of pieces is made for a disk that takes none, and the engine is told to stop."""
     plan = shard("a", [step(CODES)], [CODES])
     source = Source(plan)
+    disk = Full(len(plan.header) + 10)
     with pytest.raises(SinkError, match="disk: full"):
-        list(write_pieces(source.pieces(), Full(len(plan.header) + 10)))
+        list(write_pieces(source.pieces(), disk))
     assert source.closed
     assert source.given < 40
+    assert disk.tried_in_vain == 1
+    assert disk.left_with == [SinkError]
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("mso")]
 
 

@@ -69,9 +69,7 @@ def modelopt_says(tensors: Tensors, modules: Iterable[str]) -> Expected:
     for module in modules:
         scale_2 = amax[unit_of(module)]
         scale_2 = torch.where(scale_2 == 0, torch.ones_like(scale_2), scale_2)
-        packed, scale, _ = NVFP4QTensor.quantize(
-            tensors[f"{module}.weight"], 16, weights_scaling_factor_2=scale_2
-        )
+        packed, scale, _ = NVFP4QTensor.quantize(tensors[f"{module}.weight"], 16, weights_scaling_factor_2=scale_2)
         found[module] = (packed._quantized_data, scale, scale_2)
     return found
 
@@ -147,9 +145,7 @@ def test_the_trained_model_has_modelopts_bytes(
     assert_written(tensors_of(folder), tensors_of(REAL), real_expected, layout, input_scale)
 
 
-def test_our_decompression_equals_the_libraries(
-    real_output: tuple[Path, str, float | None], tmp_path: Path
-) -> None:
+def test_our_decompression_equals_the_libraries(real_output: tuple[Path, str, float | None], tmp_path: Path) -> None:
     """The config that we write, parsed by compressed-tensors, decompresses to the bits that we write back."""
     folder, layout, _ = real_output
     convert(folder, tmp_path / "dense", Recipe(scheme="bf16"))
@@ -207,9 +203,7 @@ def test_random_models_have_modelopts_bytes(
 ) -> None:
     """Dense and expert models of each input dtype, on disk in two shards."""
     source = model(tmp_path / "in", dtype=dtype, seed=7)
-    convert(
-        source, tmp_path / "out", Recipe(mode="all-linear", layout=layout, input_scale=input_scale)
-    )
+    convert(source, tmp_path / "out", Recipe(mode="all-linear", layout=layout, input_scale=input_scale))
     tensors = tensors_of(source)
     expected = modelopt_says(tensors, linear_modules(tensors))
     assert_written(tensors_of(tmp_path / "out"), tensors, expected, layout, input_scale)
@@ -235,16 +229,12 @@ def layers(draw: st.DrawFn) -> dict[str, dict[str, Tensor]]:
 
 @given(shards=layers(), case=st.sampled_from(CASES))
 @settings(deadline=None, max_examples=60)
-def test_any_layer_has_modelopts_bytes(
-    shards: dict[str, dict[str, Tensor]], case: tuple[str, float | None]
-) -> None:
+def test_any_layer_has_modelopts_bytes(shards: dict[str, dict[str, Tensor]], case: tuple[str, float | None]) -> None:
     """Units with members missing, in other shards, of other dtypes and magnitudes."""
     layout, input_scale = case
     source = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     files = convert_in_memory(shards, Recipe(mode="all-linear", layout=layout, input_scale=input_scale))
-    assert_written(
-        tensors_in(files), source, modelopt_says(source, linear_modules(source)), layout, input_scale
-    )
+    assert_written(tensors_in(files), source, modelopt_says(source, linear_modules(source)), layout, input_scale)
 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
@@ -258,9 +248,7 @@ def test_partners_in_other_shards_share_the_scale_and_stay_there(layout: str, tm
     apart = {f"model-0000{at}-of-00005.safetensors": {n: t} for at, (n, t) in enumerate(tensors.items())}
     recipe = Recipe(mode="all-linear", layout=layout)
     convert(write_checkpoint(tmp_path / "apart", apart, CONFIG), tmp_path / "a", recipe)
-    convert(
-        write_checkpoint(tmp_path / "one", {"model.safetensors": tensors}, CONFIG), tmp_path / "b", recipe
-    )
+    convert(write_checkpoint(tmp_path / "one", {"model.safetensors": tensors}, CONFIG), tmp_path / "b", recipe)
     assert_written(tensors_of(tmp_path / "a"), tensors, modelopt_says(tensors, names), layout, None)
     assert_written(tensors_of(tmp_path / "b"), tensors, modelopt_says(tensors, names), layout, None)
     weight_map = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())["weight_map"]
@@ -352,9 +340,7 @@ def test_a_weight_that_is_not_finite_is_named(
     weight[row, column] = bad
     tensors = {"model.layers.0.mlp.down_proj.weight": weight}
     source = write_checkpoint(tmp_path / "in", {"model.safetensors": tensors}, CONFIG)
-    with pytest.raises(
-        NonFiniteError, match=rf"layers\.0\.mlp\.down_proj\.weight: .* at row {row}, column {column};"
-    ):
+    with pytest.raises(NonFiniteError, match=rf"layers\.0\.mlp\.down_proj\.weight: .* at row {row}, column {column};"):
         convert(source, tmp_path / "out", Recipe())
     assert not (tmp_path / "out").exists()
 
@@ -472,15 +458,12 @@ def test_fused_experts_have_the_bytes_of_split_ones(turned: bool, tmp_path: Path
             name = f"model.layers.0.mlp.experts.{expert}.{leaf}.weight"
             split[name] = random_tensor(*shape, seed=10 * expert + at)
     bank = "model.layers.0.mlp.experts"
-    both = [
-        torch.cat([split[f"{bank}.{e}.gate_proj.weight"], split[f"{bank}.{e}.up_proj.weight"]]) for e in range(3)
-    ]
+    both = [torch.cat([split[f"{bank}.{e}.gate_proj.weight"], split[f"{bank}.{e}.up_proj.weight"]]) for e in range(3)]
+    down = [split[f"{bank}.{e}.down_proj.weight"] for e in range(3)]
     fused = {
-        f"{bank}.gate_up_proj": torch.stack([b.T if turned else b for b in both]),
-        f"{bank}.down_proj": torch.stack(
-            [split[f"{bank}.{e}.down_proj.weight"].T if turned else split[f"{bank}.{e}.down_proj.weight"] for e in range(3)]
-        ),
-    }  # fmt: skip
+        f"{bank}.gate_up_proj": torch.stack([weight.T if turned else weight for weight in both]),
+        f"{bank}.down_proj": torch.stack([weight.T if turned else weight for weight in down]),
+    }
     source = write_checkpoint(tmp_path / "in", {"model.safetensors": fused}, config)
     convert(source, tmp_path / "out", Recipe())
     expected = modelopt_says(split, [n.removesuffix(".weight") for n in split])

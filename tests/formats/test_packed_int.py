@@ -138,9 +138,7 @@ def test_int4_and_int8_become_what_compressed_tensors_makes_of_them(
     quantized = quantization(bits, group, symmetric=symmetric)
     state = packed(203, 256, bits=bits, group=group, symmetric=symmetric)
     head = {"lm_head.weight": random_tensor(8, 256)}
-    source = write_checkpoint(
-        tmp_path / "in", {"model.safetensors": named(state) | head}, config_of(quantized)
-    )
+    source = write_checkpoint(tmp_path / "in", {"model.safetensors": named(state) | head}, config_of(quantized))
     convert(source, tmp_path / "out", DENSE)
     found = tensors_of(tmp_path / "out")
     assert set(found) == {f"{NAME}.weight", "lm_head.weight"}
@@ -208,9 +206,7 @@ def test_a_row_that_could_be_packed_in_two_ways_is_refused() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("actorder", ["group", "dynamic", None])
-def test_activation_order_takes_the_group_of_each_column_from_g_idx(
-    symmetric: bool, actorder: str | None
-) -> None:
+def test_activation_order_takes_the_group_of_each_column_from_g_idx(symmetric: bool, actorder: str | None) -> None:
     """compressed-tensors rejects these checkpoints since 0.19, so the oracle is the definition in numpy."""
     rows, columns, bits = 20, 128, 4
     state = packed(rows, columns, bits=bits, symmetric=symmetric)
@@ -481,6 +477,8 @@ DAMAGED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "float codes": (
         INT4, quantization(4, 32) | {"config_groups": {"g": {"targets": ["Linear"], "weights": {"type": "float"}}}},
         "no decoder"),
+    "group size of text": (INT4, quantization(4, 32) | {"config_groups": {"g": {"targets": ["Linear"], "weights": {
+        "num_bits": 4, "type": "int", "group_size": "32"}}}}, "group_size must be a number"),
     "nine bits": (INT4, quantization(9, 32), "2 to 8 bits"),
     "no group covers it": (
         INT4, quantization(4, 32) | {"config_groups": {}}, "no config group"),
@@ -525,3 +523,16 @@ def test_packed_weights_without_a_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MsoError, match=r"config\.json has no compressed-tensors quantization_config"):
         convert(source, tmp_path / "out", DENSE)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [("Linear", "no config group"), ([1, None], "no config group"), (["re:("], "is not a regular expression")],
+)
+def test_targets_that_nobody_can_read_cover_nothing(targets: object, message: str, tmp_path: Path) -> None:
+    """config.json comes from strangers: a message, not a traceback."""
+    quantized = quantization(4, 32)
+    quantized["config_groups"]["group_0"]["targets"] = targets
+    source = write_checkpoint(tmp_path / "in", {"model.safetensors": named(packed(16, 64))}, config_of(quantized))
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, tmp_path / "out", DENSE)

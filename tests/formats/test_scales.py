@@ -41,9 +41,7 @@ def scales_in(tensors: dict[str, Tensor]) -> dict[str, float]:
 def test_both_layouts_give_multipliers(values: dict[str, float], divisor: bool, scalar: bool) -> None:
     """ModelOpt stores the multiplier, compressed-tensors its reciprocal; [] and [1] are one number each."""
     suffix = "input_global_scale" if divisor else "input_scale"
-    tensors = {
-        f"{module}.{suffix}": torch.tensor(value if scalar else [value]) for module, value in values.items()
-    }
+    tensors = {f"{module}.{suffix}": torch.tensor(value if scalar else [value]) for module, value in values.items()}
     tensors |= {f"{UP}.weight_scale_2": torch.tensor(9.0), f"{UP}.weight": random_tensor(4, 4)}
     expected = {module: 1 / value if divisor else value for module, value in values.items()}
     assert scales_in(tensors) == pytest.approx(expected, rel=1e-7)
@@ -129,7 +127,7 @@ def test_a_module_without_an_imported_scale_is_a_problem(tmp_path: Path) -> None
 @pytest.mark.parametrize("imported", [False, True])
 def test_a_scale_that_float32_cannot_hold_both_ways_is_refused(scale: float, imported: bool) -> None:
     """Both layouts must be able to store it: the number and its reciprocal."""
-    with pytest.raises(RecipeError, match="input_scale must be a finite number > 0, 1.2e-38 to 8.5e37, got"):
+    with pytest.raises(RecipeError, match=r"input_scale must be a finite number > 0, 1\.2e-38 to 8\.5e37, got"):
         Recipe(input_scale=None if imported else scale, input_scales={UP: scale} if imported else {})
 
 

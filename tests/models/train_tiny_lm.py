@@ -101,9 +101,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 def learning_rate(step: int, progress: float) -> float:
     """Linear warm-up, then a cosine down to a twentieth; `progress` is the share of the time so far."""
-    return (
-        PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (0.05 + 0.475 * (1 + math.cos(math.pi * progress)))
-    )
+    return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (0.05 + 0.475 * (1 + math.cos(math.pi * progress)))
 
 
 def train(model: torch.nn.Module, ids: Tensor, seconds: float) -> int:
@@ -133,9 +131,7 @@ def perplexity(model: torch.nn.Module, ids: Tensor) -> float:
     """exp of the mean loss over consecutive windows of `ids`."""
     model.eval()
     windows = ids[: len(ids) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)
-    losses = [
-        model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in torch.split(windows, BATCH)
-    ]
+    losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in torch.split(windows, BATCH)]
     return math.exp(sum(losses) / len(windows))
 
 
@@ -171,9 +167,7 @@ def main() -> None:
     ).save_pretrained(options.output)
     ids = {"calibration_ids": training_ids[:CALIBRATION_TOKENS].int(), "heldout_ids": heldout_ids.int()}
     save_file(ids, options.output.with_name(f"{options.output.name}-token-ids.safetensors"))
-    print(
-        f"{steps} steps, held-out perplexity {perplexity(model, heldout_ids):.1f}, saved to {options.output}"
-    )
+    print(f"{steps} steps, held-out perplexity {perplexity(model, heldout_ids):.1f}, saved to {options.output}")
 
 
 if __name__ == "__main__":

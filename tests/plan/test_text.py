@@ -208,27 +208,19 @@ FAMILIES: dict[str, Config] = {
         audio_config=GEMMA4_AUDIO,
         **GEMMA4_IDS,
     ),
-    "lfm2_vl": multimodal(
-        "lfm2_vl", "lfm2", {"layer_types": ["conv", "full_attention"]}, SIGLIP2, image_token_id=90
-    ),
+    "lfm2_vl": multimodal("lfm2_vl", "lfm2", {"layer_types": ["conv", "full_attention"]}, SIGLIP2, image_token_id=90),
     "llama4": multimodal(
         "llama4",
         "llama4_text",
         HEAD | {"intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2},
         LLAMA4_VIT,
     ),
-    "kimi_k25": multimodal(
-        "kimi_k25", "kimi_k2", MLA, KIMI_VIT, projection_hidden_size=16, tie_word_embeddings=False
-    ),
+    "kimi_k25": multimodal("kimi_k25", "kimi_k2", MLA, KIMI_VIT, projection_hidden_size=16, tie_word_embeddings=False),
     "qwen2_vl": multimodal("qwen2_vl", "qwen2_vl_text", MROPE, QWEN2_VIT),
     "qwen2_5_vl": multimodal("qwen2_5_vl", "qwen2_5_vl_text", MROPE, QWEN2_VIT),
-    "qwen2_5_omni": multimodal(
-        "qwen2_5_omni_thinker", "qwen2_5_omni_text", MROPE, QWEN2_VIT, audio_config=AUDIO
-    ),
+    "qwen2_5_omni": multimodal("qwen2_5_omni_thinker", "qwen2_5_omni_text", MROPE, QWEN2_VIT, audio_config=AUDIO),
     "qwen3_vl": multimodal("qwen3_vl", "qwen3_vl_text", HEAD | MROPE_INTERLEAVED, QWEN3_VIT),
-    "qwen3_vl_moe": multimodal(
-        "qwen3_vl_moe", "qwen3_vl_moe_text", HEAD | MOE | MROPE_INTERLEAVED, QWEN3_VIT
-    ),
+    "qwen3_vl_moe": multimodal("qwen3_vl_moe", "qwen3_vl_moe_text", HEAD | MOE | MROPE_INTERLEAVED, QWEN3_VIT),
     "qwen3_omni_moe": multimodal(
         "qwen3_omni_moe_thinker",
         "qwen3_omni_moe_text",
@@ -289,15 +281,11 @@ def extract_and_load(config: Mapping[str, Any], tensors: Tensors, folder: Path) 
 
 @pytest.mark.parametrize("original_names", [True, False], ids=["original names", "module names"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_text_model_loads_and_predicts_the_same(
-    family: str, original_names: bool, tmp_path: Path
-) -> None:
+def test_the_text_model_loads_and_predicts_the_same(family: str, original_names: bool, tmp_path: Path) -> None:
     """No missing, unexpected or mismatched key, and the logits of the multimodal model on text."""
     multimodal_model = build(FAMILIES[family], tmp_path, original_names=original_names)
     config, tensors = source_of(tmp_path)
-    config["text_config"]["model_type"] = FAMILIES[family]["text_config"][
-        "model_type"
-    ]  # kimi_k2 as on the Hub
+    config["text_config"]["model_type"] = FAMILIES[family]["text_config"]["model_type"]  # kimi_k2 as on the Hub
     text = extract_and_load(config, tensors, tmp_path / "text")
     torch.testing.assert_close(logits(text), logits(multimodal_model), rtol=1e-5, atol=1e-5)
 
@@ -425,8 +413,7 @@ def test_qwen3_vl_moe_as_published_is_refused(tmp_path: Path) -> None:
     build(FAMILIES["qwen3_vl_moe"], tmp_path)
     config, tensors = source_of(tmp_path)
     published = {
-        name: list(tensor.mT.shape if ".mlp.experts." in name else tensor.shape)
-        for name, tensor in tensors.items()
+        name: list(tensor.mT.shape if ".mlp.experts." in name else tensor.shape) for name, tensor in tensors.items()
     }
     with pytest.raises(PlanError, match=r"experts\.down_proj: .*got \[4, 12, 32\].*leave out text_only"):
         text_model(config, published)

@@ -32,6 +32,13 @@ def put(sink: Sink, *names: str) -> None:
             file.write(data[len(data) // 2 :])
 
 
+def give_up(sink: Sink, name: str, error: Exception) -> None:
+    """Half of one of FILES, then an error that is not the sink's."""
+    with sink.open(name, len(FILES[name])) as file:
+        file.write(FILES[name][: len(FILES[name]) // 2])
+        raise error
+
+
 class SinkContract:
     """Inherit, and implement `open` and `visible`."""
 
@@ -113,9 +120,8 @@ class SinkContract:
     def test_a_file_given_up_halfway_does_not_count_and_can_be_written_again(self) -> None:
         """An error between two appends leaves nothing that looks complete."""
         sink = self.started()
-        with pytest.raises(KeyError), sink.open(SECOND, SIZES[SECOND]) as file:
-            file.write(b"sec")
-            raise KeyError(SECOND)
+        with pytest.raises(KeyError):
+            give_up(sink, SECOND, KeyError(SECOND))
         assert dict(sink.entries) == {}
         put(sink, *FILES)
         sink.commit(self.manifest(sink))

@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +17,23 @@ import pytest
 
 from mso_hub.errors import ResumeError, SinkError
 from mso_hub.sink import LocalSink, Sink, open_sink
+from mso_hub.sink.journal import Journal
 from mso_hub.sink.local import RESERVE
-from tests.running import digests, fill, small_disk
-from tests.sink.contract import EMPTY, FILES, FIRST, JOB, NESTED, OTHER_JOB, SECOND, SIZES, SinkContract, put, total
+from tests.running import digests, fill, listing, small_disk
+from tests.sink.contract import (
+    EMPTY,
+    FILES,
+    FIRST,
+    JOB,
+    NESTED,
+    OTHER_JOB,
+    SECOND,
+    SIZES,
+    SinkContract,
+    give_up,
+    put,
+    total,
+)
 
 HOLDER = """
 import sys
@@ -66,9 +83,7 @@ class TestLocalSink(SinkContract):
     def visible(self) -> dict[str, bytes]:
         """Files below the folder."""
         return {
-            path.relative_to(self.path).as_posix(): path.read_bytes()
-            for path in self.path.rglob("*")
-            if path.is_file()
+            path.relative_to(self.path).as_posix(): path.read_bytes() for path in self.path.rglob("*") if path.is_file()
         }
 
 
@@ -76,23 +91,22 @@ def test_names_on_disk(tmp_path: Path) -> None:
     """Everything is built beside the output under names that say whose it is, and only the output stays."""
     sink = begun(tmp_path / "out")
     put(sink, *FILES)
-    assert sorted(os.listdir(tmp_path)) == [".out.mso-journal", ".out.mso-partial"]
+    assert listing(tmp_path) == [".out.mso-journal", ".out.mso-partial"]
     assert {name for name, kind in digests(tmp_path / ".out.mso-partial").items() if kind != "folder"} == set(FILES)
     lines = [json.loads(line) for line in (tmp_path / ".out.mso-journal").read_text().splitlines()]
     assert lines[0] == {"job": JOB}
     assert [line["file"] for line in lines[1:]] == list(FILES)
     sink.commit(b"{}")
-    assert os.listdir(tmp_path) == ["out"]
+    assert listing(tmp_path) == ["out"]
 
 
 def test_a_run_that_completed_nothing_leaves_no_trace(tmp_path: Path) -> None:
     """After an early error the next run may have other settings without being told of an unfinished one."""
     sink = begun(tmp_path / "out")
-    with pytest.raises(KeyError), sink.open(FIRST, SIZES[FIRST]) as file:
-        file.write(b"half")
-        raise KeyError(FIRST)
+    with pytest.raises(KeyError):
+        give_up(sink, FIRST, KeyError(FIRST))
     sink.close()
-    assert os.listdir(tmp_path) == []
+    assert listing(tmp_path) == []
 
 
 @pytest.mark.parametrize("damage", ["changed", "shorter", "longer", "gone"])
@@ -103,7 +117,7 @@ def test_a_shard_that_changed_after_it_was_journaled_does_not_count(tmp_path: Pa
     path = tmp_path / ".out.mso-partial" / FIRST
     data = bytearray(path.read_bytes())
     data[100] ^= 1
-    damaged = {"changed": bytes(data), "shorter": data[:-1], "longer": data + b"x"}
+    damaged = {"changed": data, "shorter": data[:-1], "longer": data + b"x"}
     if damage == "gone":
         path.unlink()
     else:
@@ -131,6 +145,13 @@ def test_leftovers_that_no_journal_lists_are_never_published(tmp_path: Path) -> 
 
 
 # --- journal ----------------------------------------------------------------------------------------
+
+
+def write_empty(sink: Sink, names: Iterable[str]) -> None:
+    """Files without bytes: only the journal grows."""
+    for name in names:
+        with sink.open(name, 0):
+            pass
 
 
 @pytest.mark.parametrize("torn", [b'{"file": "model-0000', b"\0" * 40, b'{"file": "x", "nbytes": 1, "sha256": "y"}'])
@@ -193,9 +214,7 @@ def test_half_a_journal_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> Non
         sink.begin(JOB, names)
         filler = fill(disk)
         with pytest.raises(SinkError, match=r"mso-journal: .*No space left on device; free some space"):
-            for name in names:
-                with sink.open(name, 0):
-                    pass
+            write_empty(sink, names)
         filler.unlink()
         done = dict(sink.entries)
         sink.note("after", 1.0)
@@ -253,6 +272,35 @@ def test_a_failed_begin_lets_go_of_the_lock(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "out" / SECOND).read_bytes() == FILES[SECOND]
 
 
+def test_many_that_come_and_go_are_never_two_at_once(tmp_path: Path) -> None:
+    """A run removes its journal when it ends; whoever had opened that file by then must not go on with it."""
+    path = tmp_path / "journal"
+    inside: list[int] = []
+    most = [0]
+    until = time.monotonic() + 0.5
+
+    def come_and_go() -> None:
+        while time.monotonic() < until:
+            try:
+                journal = Journal(path, JOB)
+            except ResumeError:
+                continue
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0)
+            inside.pop()
+            path.unlink()
+            journal.close()
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) > 20
+    assert max(most) == 1
+
+
 # --- a finished output ------------------------------------------------------------------------------
 
 
@@ -266,7 +314,7 @@ def test_a_finished_output_is_recognised_at_once(tmp_path: Path) -> None:
     sink.commit(b"must not be written")
     sink.close()
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert os.listdir(tmp_path) == ["out"]
+    assert listing(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone"])
@@ -338,10 +386,10 @@ def test_fresh_never_deletes_a_folder_that_is_not_ours(tmp_path: Path, manifest:
         (out / "mso_hub.json").write_text(manifest)
     before = digests(out)
     for fresh in (False, True):
-        with pytest.raises(SinkError, match="not of this tool.*choose another folder"):
+        with pytest.raises(SinkError, match=r"not of this tool.*choose another folder"):
             begun(out, fresh=fresh)
     assert digests(out) == before
-    assert os.listdir(tmp_path) == ["out"]
+    assert listing(tmp_path) == ["out"]
 
 
 def test_fresh_never_deletes_a_file(tmp_path: Path) -> None:
@@ -374,7 +422,7 @@ def test_an_output_that_is_a_link_is_written_where_it_points(tmp_path: Path, exi
     finish(link)
     finish(link, OTHER_JOB, fresh=True)
     assert link.is_symlink()
-    assert os.listdir(tmp_path / "disk") == ["real"]
+    assert listing(tmp_path / "disk") == ["real"]
 
 
 def test_an_output_below_a_link_and_with_dots(tmp_path: Path) -> None:
@@ -393,7 +441,7 @@ def test_the_current_folder_as_output(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path / "here")
     finish(Path())
     assert (tmp_path / "here" / FIRST).read_bytes() == FILES[FIRST]
-    assert os.listdir(tmp_path) == ["here"]
+    assert listing(tmp_path) == ["here"]
 
 
 def test_an_existing_empty_folder_stays_empty_until_commit(tmp_path: Path) -> None:
@@ -402,7 +450,7 @@ def test_an_existing_empty_folder_stays_empty_until_commit(tmp_path: Path) -> No
     out.mkdir()
     sink = begun(out)
     put(sink, FIRST)
-    assert os.listdir(out) == []
+    assert listing(out) == []
     sink.close()
     finish(out)
     assert (out / FIRST).is_file()
@@ -417,7 +465,7 @@ def test_parents_that_do_not_exist_are_made(tmp_path: Path) -> None:
 def test_a_parent_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     """The message names the parent."""
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SinkError, match="file: cannot be written: .*choose another folder"):
+    with pytest.raises(SinkError, match=r"file: cannot be written: .*choose another folder"):
         begun(tmp_path / "file" / "out")
 
 
@@ -438,7 +486,7 @@ def test_an_output_that_fills_up_meanwhile_is_not_overwritten(tmp_path: Path) ->
     (out / "theirs").write_text("x")
     with pytest.raises(SinkError, match=r"could not be renamed.*not empty"):
         sink.commit(b"{}")
-    assert os.listdir(out) == ["theirs"]
+    assert listing(out) == ["theirs"]
     shutil.rmtree(out)
     sink = begun(out)
     assert set(sink.entries) == set(FILES)
@@ -454,7 +502,7 @@ def test_nothing_is_created_before_begin(tmp_path: Path) -> None:
         pass
     with pytest.raises(SinkError, match="begin"):
         sink.note("x", 1.0)
-    assert os.listdir(tmp_path) == []
+    assert listing(tmp_path) == []
 
 
 # --- space and permission ---------------------------------------------------------------------------
@@ -466,7 +514,7 @@ def test_too_little_space_is_refused_before_the_first_byte(tmp_path: Path) -> No
         sink = LocalSink(disk / "out")
         with pytest.raises(SinkError, match=r"out: needs 1,300 bytes of free space, the disk has [\d,]+; free some"):
             sink.begin(JOB, SIZES)
-        assert os.listdir(disk) == []
+        assert listing(disk) == []
 
 
 def test_space_is_needed_only_for_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,17 +560,16 @@ def test_a_disk_that_fills_up_names_the_file_and_the_run_goes_on_later(tmp_path:
 def test_an_error_of_the_source_is_not_blamed_on_the_output(tmp_path: Path) -> None:
     """An OSError between two appends is not the sink's."""
     sink = begun(tmp_path / "out")
-    with pytest.raises(IsADirectoryError), sink.open(FIRST, SIZES[FIRST]) as file:
-        file.write(b"x")
-        raise IsADirectoryError(21, "the source did this")
+    with pytest.raises(IsADirectoryError):
+        give_up(sink, FIRST, IsADirectoryError(21, "the source did this"))
     sink.close()
 
 
 def test_a_read_only_disk_is_refused(tmp_path: Path) -> None:
     """Before anything is read."""
-    with small_disk(tmp_path / "disk", 1 << 20, "ro") as disk:
-        with pytest.raises(SinkError, match="disk: cannot be written: Read-only file system; choose another folder"):
-            begun(disk / "out")
+    wanted = "disk: cannot be written: Read-only file system; choose another folder"
+    with small_disk(tmp_path / "disk", 1 << 20, "ro") as disk, pytest.raises(SinkError, match=wanted):
+        begun(disk / "out")
 
 
 def test_a_finished_output_on_a_disk_that_became_read_only_is_still_finished(tmp_path: Path) -> None:

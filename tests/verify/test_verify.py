@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -159,6 +160,15 @@ def config(edit: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
+def put(name: str, data: bytes) -> Damage:
+    """Overwrite or add a file."""
+
+    def damage(folder: Path) -> None:
+        write_files(folder, {name: data})
+
+    return damage
+
+
 def flip_a_byte(folder: Path) -> None:
     """One bit of the last byte of a shard."""
     path = folder / "model-00003-of-00003.safetensors"
@@ -232,14 +242,14 @@ CT16, CT4, MO16, MO4 = list(KINDS)[:4]
 FOUND: dict[str, tuple[str, Damage, str]] = {
     "a flipped bit": (CT16, flip_a_byte, r"model-00003-of-00003\.safetensors: its SHA-256 differs"),
     "a carried file that changed": (
-        CT16, lambda f: write_files(f, {"tokenizer.json": b"[]"}) and None, r"tokenizer\.json: its SHA-256 differs"),
+        CT16, put("tokenizer.json", b"[]"), r"tokenizer\.json: its SHA-256 differs"),
     "a carried file that grew": (
-        CT16, lambda f: write_files(f, {"extra/notes.txt": b"more notes"}) and None,
+        CT16, put("extra/notes.txt", b"more notes"),
         r"extra/notes\.txt: had 5 bytes when it was written, found 10"),
     "a carried file that is gone": (
         CT16, lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: had 2 bytes .* found None"),
     "a manifest of something else": (
-        CT16, lambda f: write_files(f, {"mso_hub.json": b'{"files": [1]}'}) and None, "not a manifest of this tool"),
+        CT16, put("mso_hub.json", b'{"files": [1]}'), "not a manifest of this tool"),
     "gate and up with different scales": (
         CT16, change(f"{MLP}.up_proj.weight_global_scale", lambda t: t * 2),
         rf"{MLP}\.gate_up_proj: engines keep one global scale for all members, found gate_proj .*, up_proj "),
@@ -271,6 +281,12 @@ FOUND: dict[str, tuple[str, Damage, str]] = {
     "packed layers under a pattern in ignore": (
         CT16, config(lambda c: c["ignore"].append("re:.*self_attn.*")),
         rf"stored packed: {QKV}\.\w+, {QKV}\.\w+, {QKV}\.\w+ and 5 more"),
+    "a pattern in ignore that is none": (
+        CT16, config(lambda c: c["ignore"].append("re:(")), r"patterns that are no regular expressions: re:\("),
+    "a glob in ModelOpt's ignore": (
+        MO16, config(lambda c: c["ignore"].append("*.experts.2.up_*")), rf"stored packed: .*{MLP}\.up_proj"),
+    "an ignore that is no list": (
+        CT16, config(lambda c: c.update(ignore=5)), r"stored dense and not in ignore.*: model\.layers\.0\.mlp\.gate, .*lm_head"),
     "a packed layer that contains an ignored name": (
         MO16, config(lambda c: c["ignore"].append("experts.2.up")), rf"stored packed: .*{MLP}\.up_proj"),
     "announced input scales that are missing": (
@@ -282,7 +298,7 @@ FOUND: dict[str, tuple[str, Damage, str]] = {
     "the name of the other layout": (
         CT16, config(lambda c: c.update(quant_method="modelopt")), "stored in the layout compressed-tensors"),
     "hf_quant_config.json of an earlier quantization": (
-        CT16, lambda f: write_files(f, {"hf_quant_config.json": b"{}"}) and None, "left over from another quantization"),
+        CT16, put("hf_quant_config.json", b"{}"), "left over from another quantization"),
     "no hf_quant_config.json": (
         MO16, lambda f: (f / "hf_quant_config.json").unlink(), r"hf_quant_config\.json: missing"),
     "a wrong total_size": (CT16, total_size, r"index\.json: total_size says [\d,]+ bytes, its tensors have"),
@@ -315,14 +331,7 @@ def test_damage_is_found(kind: str, source: Path, outputs: dict[str, Path], tmp_
     damage(folder)
     report = verify_checkpoint(folder, source=source)
     assert not report.ok
-    assert [problem for problem in report.problems if matches(message, problem)], report.problems
-
-
-def matches(pattern: str, text: str) -> bool:
-    """Regular expression anywhere in the text."""
-    import re
-
-    return re.search(pattern, text) is not None
+    assert [problem for problem in report.problems if re.search(message, problem)], report.problems
 
 
 def test_wrong_scales_do_not_hide_among_right_ones(source: Path, outputs: dict[str, Path], tmp_path: Path) -> None:
@@ -335,9 +344,7 @@ def test_wrong_scales_do_not_hide_among_right_ones(source: Path, outputs: dict[s
 
 
 @pytest.mark.parametrize("lost", ["up_proj.weight_packed", "up_proj.weight_scale"])
-def test_a_tensor_that_no_shard_holds_stops_the_reading(
-    lost: str, outputs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_tensor_that_no_shard_holds_stops_the_reading(lost: str, outputs: dict[str, Path], tmp_path: Path) -> None:
     """The index promises it; this is no finished checkpoint."""
     folder = Path(shutil.copytree(outputs[CT16], tmp_path / "damaged"))
     path = shard_of(folder, f"{MLP}.{lost}")
@@ -496,7 +503,7 @@ def test_the_report_is_json(source: Path, outputs: dict[str, Path]) -> None:
     """Every field, and the verdict first."""
     report: Report = verify_checkpoint(outputs[CT16], source=source)
     content = json.loads(json.dumps(report.as_dict()))
-    assert list(content)[0] == "ok"
+    assert next(iter(content)) == "ok"
     assert content["ok"] is True
     assert len(content["errors"]) == 32
     assert set(content["errors"][0]) == {"name", "nmse", "max_abs", "stored"}

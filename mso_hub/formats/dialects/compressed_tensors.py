@@ -62,6 +62,16 @@ def nvfp4_config(ignore: Iterable[str], *, activations: bool) -> dict[str, Any]:
     }
 
 
+def _matches(target: str, module: str) -> bool:
+    try:
+        return target.startswith("re:") and re.match(target[3:], module) is not None
+    except re.error as error:
+        raise CheckpointError(
+            f"config.json: the target {target!r} of quantization_config is not a regular expression: {error}; "
+            "restore the config.json that belongs to these weights"
+        ) from error
+
+
 def weight_args(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """`weights` of the config group that covers a module: a group that names it, else one that names a class."""
     groups = config.get("config_groups")
@@ -70,8 +80,9 @@ def weight_args(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     for group in groups:
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             continue
-        for target in group.get("targets") or ():
-            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+        targets = group.get("targets")
+        for target in (t for t in targets if isinstance(t, str)) if isinstance(targets, list) else ():
+            if target == module or _matches(target, module):
                 return group["weights"]  # type: ignore[no-any-return]  # isinstance above
             if "." not in target and not target.startswith("re:"):
                 by_class = by_class or group["weights"]

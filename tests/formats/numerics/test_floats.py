@@ -32,9 +32,7 @@ def same_numbers(ours: floats.Array, theirs: torch.Tensor) -> bool:
     kind = theirs.dtype
     mine = torch.from_numpy(np.array(ours).view(f"i{ours.itemsize}")).view(kind)
     nan = theirs.isnan()
-    return torch.equal(mine.isnan(), nan) and bool(
-        (to_bits(mine)[~nan.numpy()] == to_bits(theirs)[~nan.numpy()]).all()
-    )
+    return torch.equal(mine.isnan(), nan) and bool((to_bits(mine)[~nan.numpy()] == to_bits(theirs)[~nan.numpy()]).all())
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -110,9 +108,7 @@ def test_amax_reads_memory_that_may_not_be_written() -> None:
         (np.zeros((4, 4), np.float32), "F8_E4M3", "known: BF16, F16, F32"),
     ],
 )
-def test_values_that_do_not_match_their_dtype_are_refused(
-    values: floats.Array, dtype: str, message: str
-) -> None:
+def test_values_that_do_not_match_their_dtype_are_refused(values: floats.Array, dtype: str, message: str) -> None:
     """Bits read under the wrong dtype would be silently wrong numbers."""
     with pytest.raises(ValueError, match=message):
         floats.amax(values, dtype)

@@ -25,9 +25,7 @@ def pack(codes: floats.Array, bits: int, *, dense: bool) -> floats.Array:
         per = len(row) if dense else 32 // bits
         parts = [stored[i : i + per] for i in range(0, len(row), per)]
         return [
-            sum(q << (i * bits) for i, q in enumerate(part)).to_bytes(
-                4 * -(-len(part) * bits // 32), "little"
-            )
+            sum(q << (i * bits) for i, q in enumerate(part)).to_bytes(4 * -(-len(part) * bits // 32), "little")
             for part in parts
         ]
 
@@ -83,9 +81,7 @@ def test_zero_points_unpack_along_rows(bits: int, rows: int, dense: bool) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [32, None])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_decode_equals_compressed_tensors(
-    bits: int, dtype: str, group_size: int | None, symmetric: bool
-) -> None:
+def test_decode_equals_compressed_tensors(bits: int, dtype: str, group_size: int | None, symmetric: bool) -> None:
     """Group and channel scales of the output's dtype, with and without zero points."""
     rows, cols = 24, 96
     rng = np.random.default_rng(bits)
@@ -111,9 +107,7 @@ def test_decode_equals_compressed_tensors(
     ours = integer.decode(
         state["weight_packed"].numpy(),
         scale.float().numpy(),
-        None
-        if symmetric
-        else integer.unpack_zero_point(state["weight_zero_point"].numpy(), bits, rows, dense=True),
+        None if symmetric else integer.unpack_zero_point(state["weight_zero_point"].numpy(), bits, rows, dense=True),
         None,
         bits=bits,
         group_size=group_size,

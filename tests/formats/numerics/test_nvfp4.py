@@ -279,9 +279,7 @@ def test_encoding_decoded_weights_again_loses_nothing(search: str, seed: int) ->
         ((2, 16), 1.0, "best", "absmax, mse, got 'best'"),
     ],
 )
-def test_encode_refuses_what_it_cannot_encode(
-    shape: tuple[int, ...], scale: float, search: str, message: str
-) -> None:
+def test_encode_refuses_what_it_cannot_encode(shape: tuple[int, ...], scale: float, search: str, message: str) -> None:
     """Each error shows the limit and the value."""
     with pytest.raises(ValueError, match=message):
         nvfp4.encode(np.zeros(shape, np.uint16), "BF16", np.float32(scale), search=search)
