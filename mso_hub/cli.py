@@ -87,7 +87,7 @@ SCHEME = several(
     opt("exclude_config", metavar="FILE", help="Config of a reference model whose exclude list is honoured too."),
     opt("no_default_ignore", is_flag=True, help="Offer embeddings, heads, routers, vision, MTP to the targets."),
     opt("input_scale", metavar="X", help="W4A4: one activation scale for all (1.0), or a checkpoint that has them."),
-    opt("scale_search", default="absmax", metavar="HOW", help="absmax (ModelOpt's bytes) or mse (less error) [absmax]."),
+    opt("scale_search", default="absmax", metavar="HOW", help="absmax (ModelOpt's bytes) or mse (less error)."),
     opt("text_only", is_flag=True, help="Leave vision and audio parts out; flatten names and config."),
     opt("block_size", type=int, default=16, hidden=True),
 )  # fmt: skip

@@ -54,7 +54,7 @@ def convert(
         for piece in write_pieces(pieces, sink):
             if piece.done:
                 on_event(TensorDone(piece.step.weight.name, piece.step.weight.nbytes))
-            if piece.shard.name in sink.entries:
+            if piece.done and piece.step is piece.shard.steps[-1]:
                 entry = sink.entries[piece.shard.name]
                 on_event(ShardDone(piece.shard.name, entry.nbytes, entry.sha256))
         for name in (n for n in sizes if n not in sink.entries):

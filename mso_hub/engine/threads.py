@@ -22,12 +22,12 @@ from typing import TypeVar
 import numpy as np
 
 from mso_hub.checkpoint import TensorInfo
-from mso_hub.errors import NonFiniteError
+from mso_hub.errors import MsoError, NonFiniteError
 from mso_hub.formats.weight import Array, Reader, Weight
 from mso_hub.plan import Plan, ShardPlan, Step
 
 BLOCK = 8 << 20
-"""Stored bytes per row block: large enough for the kernels, small against the budget."""
+"""Bytes of numbers per row block: large enough for the kernels, small against the budget."""
 
 MEMORY = 448 << 20
 """Default budget in bytes; half of it just holds gate_proj and up_proj of an 8B model."""
@@ -71,6 +71,14 @@ def _largest(amaxes: Iterable[float]) -> float:
     return max(found, default=0.0) if all(amax < float("inf") for amax in found) else float("inf")
 
 
+def _until_error(items: Iterable[Item], failed: list[Exception]) -> Iterator[Item]:
+    """Items up to an error, which waits in `failed`: looking ahead must not cost the blocks that came before."""
+    try:
+        yield from items
+    except (MsoError, OSError) as error:
+        failed.append(error)
+
+
 class ThreadEngine:
     """Runs shard plans on this machine's processors.
 
@@ -110,14 +118,12 @@ class _Run:
     def pieces(self, shards: Iterable[ShardPlan]) -> Iterator[Piece]:
         """Encoded pieces in order; a few blocks stay queued so that no thread waits for the consumer."""
         pending: deque[tuple[ShardPlan, Step, bool, float, Future[tuple[Array, ...]]]] = deque()
-        for shard, loaded in self._ahead(shards):
+        failed: list[Exception] = []
+        for shard, loaded in _until_error(self._ahead(shards), failed):
             for at, block in enumerate(loaded.blocks):
                 values = loaded.values[at] if loaded.values is not None else None
                 if loaded.values is not None:
-                    loaded.values[at] = (
-                        _NOTHING,
-                        "",
-                    )  # the task owns the block now: memory goes when it is done
+                    loaded.values[at] = (_NOTHING, "")  # the task owns the block now: memory goes when it is done
                 future = self._pool.submit(self._finish, loaded.step, block, values, loaded.amax)
                 last = at + 1 == len(loaded.blocks)
                 pending.append((shard, loaded.step, last, loaded.amax, future))
@@ -125,6 +131,8 @@ class _Run:
                     yield from self._hand_out(*pending.popleft())
         while pending:
             yield from self._hand_out(*pending.popleft())
+        if failed:
+            raise failed[0]
 
     def _hand_out(
         self, shard: ShardPlan, step: Step, last: bool, amax: float, future: Future[tuple[Array, ...]]
@@ -164,7 +172,7 @@ class _Run:
         while at < len(runs) or queue:
             while at < len(runs):
                 shard, steps = runs[at]
-                size = sum(s.weight.nbytes for s in steps)
+                size = sum(s.weight.number_bytes for s in steps)
                 keep = steps[0].unit is not None and size <= self._memory // 2
                 if queue and (len(queue) > self._width or (keep and held + size > self._memory // 2)):
                     break
@@ -173,7 +181,7 @@ class _Run:
                 at += 1
             shard, steps, futures = queue.popleft()
             if futures is not None:
-                held -= sum(s.weight.nbytes for s in steps)
+                held -= sum(s.weight.number_bytes for s in steps)
             ready = self._collect(steps, futures)
             del futures  # they hold the blocks, which must go one by one as they are encoded
             yield from ((shard, loaded) for loaded in ready)

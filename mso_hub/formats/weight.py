@@ -7,6 +7,7 @@ of that tensor's bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -81,11 +82,16 @@ class Weight:
         """Stored bytes of all parts."""
         return sum(part.nbytes for part in self.parts.values())
 
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of its numbers in memory: as stored when dense, F32 when packed."""
+        return self.nbytes if self.decoder is None else 4 * math.prod(self.shape)
+
     def blocks(self, nbytes: int) -> list[tuple[int, int]]:
-        """Row ranges of about `nbytes` stored bytes each, starting where the decoder allows it."""
+        """Row ranges whose numbers take about `nbytes` each, starting where the decoder allows it."""
         rows = self.shape[0] if self.shape else 1
         step = 1 if self.decoder is None else self.decoder.row_step or rows
-        height = max(1, nbytes * rows // max(1, self.nbytes) // max(1, step)) * max(1, step)
+        height = max(1, nbytes * rows // max(1, self.number_bytes) // max(1, step)) * max(1, step)
         return [(at, min(at + height, rows)) for at in range(0, rows, height)] or [(0, 0)]
 
     def load(self, read: Reader, start: int, stop: int) -> dict[str, Array]:

@@ -24,7 +24,7 @@ from mso_hub.sink.journal import Entry, Journal
 MANIFEST = "mso_hub.json"
 BEHIND = 32 << 20
 """Bytes after which the kernel is told to write out what it has and to forget it: the disk works while the shard
-grows, fsync has little left to do, and a checkpoint larger than memory does not push its own source out of the cache."""
+grows, fsync has little left to do, and the output does not push its own source out of the cache."""
 RESERVE = 1 << 20
 """Bytes that must stay free beyond the output: journal, directory entries."""
 

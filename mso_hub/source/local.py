@@ -44,8 +44,12 @@ class LocalSource:
             raise CheckpointError(f"{error.filename}: cannot be listed: {error.strerror}") from error
 
         found: dict[str, int] = {}
-        for root, folders, names in os.walk(self._folder, onerror=refuse, followlinks=False):
+        for root, folders, names in os.walk(self._folder, onerror=refuse, followlinks=True):
             folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
+            here = Path(root).resolve()
+            for folder in (Path(root, f) for f in folders):
+                if folder.is_symlink() and (folder.resolve() == here or folder.resolve() in here.parents):
+                    raise CheckpointError(f"{folder}: the link leads back to {str(folder.readlink())!r}; remove it")
             for name in sorted(names):
                 path = Path(root, name)
                 if not _is_text(name):
@@ -67,18 +71,16 @@ class LocalSource:
         view = out.data
         done = 0
         try:
-            descriptor = os.open(self._folder / file, os.O_RDONLY)
+            # Opened for each range: nothing to keep track of, and threads never share a descriptor.
+            with (self._folder / file).open("rb", buffering=0) as opened:
+                while done < len(view):
+                    got = os.preadv(opened.fileno(), [view[done:]], begin + done)
+                    if got == 0:
+                        raise CheckpointError(
+                            f"{self._folder / file}: wanted bytes [{begin:,}, {end:,}), the file ends at "
+                            f"{begin + done:,}; it changed while it was read: start again"
+                        )
+                    done += got
         except OSError as error:
             raise CheckpointError(f"{self._folder / file}: cannot be read: {error.strerror}") from error
-        try:
-            while done < len(view):
-                got = os.preadv(descriptor, [view[done:]], begin + done)
-                if got == 0:
-                    raise CheckpointError(
-                        f"{self._folder / file}: wanted bytes [{begin:,}, {end:,}), the file ends at "
-                        f"{begin + done:,}; it changed while it was read: start again"
-                    )
-                done += got
-        finally:
-            os.close(descriptor)
         return out

@@ -116,6 +116,16 @@ def test_a_source_without_a_decoder_is_refused(kind: str, verb: str, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
+def test_every_strange_tensor_of_a_bank_is_named(tmp_path: Path) -> None:
+    """Codes and scales of MXFP4: leaving either out would copy it on where the other is missing."""
+    tensors, quantized = FOREIGN["gpt-oss MXFP4"]
+    for name, tensor in tensors.items():
+        folder = tmp_path / name
+        write_checkpoint(folder, {"model.safetensors": {name: tensor}}, {"quantization_config": quantized})
+        with pytest.raises(PlanError, match=rf"without a decoder: {name} U8"):
+            convert(folder, tmp_path / "out", RECIPES["decompress"])
+
+
 def test_the_message_counts_what_it_does_not_list(tmp_path: Path) -> None:
     """Three names, then a number: a hundred thousand tensors must not fill the screen."""
     tensors = {f"model.layers.{n}.mlp.up_proj.weight": zeros(16, 16, dtype=FP8) for n in range(9)}

@@ -110,3 +110,16 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
     os.truncate(tmp_path / "a.safetensors", info.end - 1)
     with pytest.raises(CheckpointError, match="it changed while it was read"):
         source.read(info.file, info.begin, info.end)
+
+
+def test_linked_folders_come_along_and_loops_are_refused(tmp_path: Path) -> None:
+    """A folder that is a link belongs to the repo; a link to a folder above it would never end."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "notes.txt").write_text("kept")
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    (repo / "docs").symlink_to(tmp_path / "elsewhere")
+    assert LocalSource(repo).files() == {"docs/notes.txt": 4}
+    (repo / "loop").symlink_to(repo)
+    with pytest.raises(CheckpointError, match="loop: the link leads back"):
+        LocalSource(repo).files()
