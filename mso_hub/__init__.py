@@ -1,24 +1,23 @@
 """mso_hub: read a checkpoint tensor by tensor, change how its numbers are stored, write a checkpoint.
 
     rank  module      what enters -> what leaves
-    7     cli         argv -> one call below
-    6     demo        a small model -> there and back, every step shown
-    5     legacy      the prototype's two entry points -> convert()
-    5     display     plans and reports -> text
-    5     progress    events -> a bar or JSON lines
-    4     pipeline    START HERE: convert() = source -> plan -> engine -> sink
-    4     verify      finished repo -> report
-    3     engine      shard plans -> finished pieces in order
-    2     plan        headers + recipe -> exact output layout (no weight is read)
-    1     source      folder -> headers, tensors
-    1     formats     tensors -> tensors (the only arithmetic)
-    1     sink        files -> folder, visible all at once
-    0     checkpoint  TensorInfo, Checkpoint, safetensors header bytes
+    8     cli         argv -> one call below
+    7     demo        a small model -> there and back, every step shown
+    6     legacy      the prototype's two entry points -> convert()
+    6     display     plans and reports -> text
+    6     progress    events -> a bar or JSON lines
+    5     pipeline    START HERE: convert() = source -> plan -> engine -> sink
+    5     verify      finished repo -> report
+    4     engine      shard plans -> finished pieces in order
+    3     plan        headers + recipe -> exact output layout (no weight is read)
+    2     source      folder -> headers, tensors
+    2     formats     tensors -> tensors (the only arithmetic)
+    2     sink        files -> folder, visible all at once
+    1     checkpoint  TensorInfo, Checkpoint, safetensors header bytes
     0     events      what happened, for whoever listens
     0     errors      one exception tree
 
-A module imports lower ranks and its own room only. Within a rank, `checkpoint -> errors` and `sink -> formats` (its
-Array). The tests read this table.
+A module imports lower ranks and its own room only; the tests read this table.
 """
 
 from __future__ import annotations

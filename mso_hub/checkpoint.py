@@ -15,8 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from numpy.typing import NDArray
+
 from mso_hub.errors import CheckpointError
 
+Array = NDArray[Any]
+"""Numbers or bytes of a tensor."""
 HEADER_LIMIT = 100_000_000
 """Bytes; the safetensors library refuses longer headers too."""
 RANK_LIMIT = 32

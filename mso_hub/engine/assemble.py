@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
+from mso_hub.checkpoint import Array
 from mso_hub.engine.threads import Piece
 from mso_hub.errors import MsoError
-from mso_hub.formats.weight import Array
 from mso_hub.plan import ShardPlan
 
 QUEUED = 12

@@ -21,9 +21,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from mso_hub.checkpoint import TensorInfo
+from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.errors import MsoError, NonFiniteError
-from mso_hub.formats.weight import Array, Reader, Weight
+from mso_hub.formats.weight import Reader, Weight
 from mso_hub.plan import Plan, ShardPlan, Step
 
 BLOCK = 8 << 20

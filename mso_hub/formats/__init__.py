@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from mso_hub.checkpoint import TensorInfo
+from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.formats.nvfp4 import Nvfp4
-from mso_hub.formats.weight import Array
 
 
 class Format(Protocol):

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mso_hub.checkpoint import TensorInfo
+from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.formats.dialects import compressed_tensors, modelopt
-from mso_hub.formats.weight import Array
 
 GROUP_SIZE = 16
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mso_hub.checkpoint import TensorInfo
+from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.errors import CheckpointError, PlanError
-from mso_hub.formats.weight import FLOAT_DTYPES, Array
+from mso_hub.formats.weight import FLOAT_DTYPES
 
 ReadShape = Callable[[TensorInfo], tuple[int, int]]
 """Reads a weight_shape tensor: two integers."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mso_hub.checkpoint import TensorInfo
+from mso_hub.checkpoint import Array, TensorInfo
 
-Array = NDArray[Any]
 Reader = Callable[[str, int, int], NDArray[np.uint8]]
 """(file, begin, end) -> bytes, as Source.read has it."""
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from mso_hub.formats.weight import Array
+from mso_hub.checkpoint import Array
 from mso_hub.sink.journal import Entry
 from mso_hub.sink.local import LocalSink
 from mso_hub.sink.memory import MemorySink

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
+from mso_hub.checkpoint import Array
 from mso_hub.errors import MsoError, SinkError
-from mso_hub.formats.weight import Array
 from mso_hub.sink.journal import Entry, Journal
 
 MANIFEST = "mso_hub.json"

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from mso_hub.checkpoint import Array
 from mso_hub.errors import ResumeError, SinkError
-from mso_hub.formats.weight import Array
 from mso_hub.sink.journal import Entry
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mso_hub.checkpoint import Checkpoint, TensorInfo
+from mso_hub.checkpoint import Array, Checkpoint, TensorInfo
 from mso_hub.engine.threads import default_workers
 from mso_hub.errors import PlanError, VerifyError
 from mso_hub.events import Listener, TensorDone, ignore
 from mso_hub.formats.detect import read_weights
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
-from mso_hub.formats.weight import FLOAT_DTYPES, Array, Reader, Weight, read_rows
+from mso_hub.formats.weight import FLOAT_DTYPES, Reader, Weight, read_rows
 from mso_hub.plan.experts import is_fused_experts, split_experts
 from mso_hub.plan.fusion import units
 from mso_hub.plan.text import text_model
