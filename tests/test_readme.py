@@ -44,5 +44,5 @@ def test_every_option_that_the_readme_names_exists() -> None:
     options = {
         form for command in main.commands.values() for p in command.params for form in (*p.opts, *p.secondary_opts)
     }
-    named = set(re.findall(r"`(?:[^`]*\s)?(--[a-z_]+)", README))
+    named = set(re.findall(r"`(?:[^`\n]*\s)?(--[a-z_]+)", README))
     assert named <= options, named - options

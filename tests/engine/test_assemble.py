@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mso_hub.checkpoint import TensorInfo, build_header
+from mso_hub.checkpoint import Array, TensorInfo, build_header
 from mso_hub.engine.assemble import write_pieces
 from mso_hub.engine.threads import Piece
 from mso_hub.errors import MsoError, SinkError
-from mso_hub.formats.weight import Array, Weight
+from mso_hub.formats.weight import Weight
 from mso_hub.plan import ShardPlan, Step
 from mso_hub.sink import MemorySink
 

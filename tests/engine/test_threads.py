@@ -19,11 +19,10 @@ import pytest
 import torch
 
 import mso_hub
-from mso_hub.checkpoint import TensorInfo
+from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.engine import ThreadEngine
 from mso_hub.errors import CheckpointError, NonFiniteError, SinkError
 from mso_hub.events import Event, PlanReady, ShardDone, ShardResumed, TensorDone
-from mso_hub.formats.weight import Array
 from mso_hub.plan import Plan, Recipe
 from mso_hub.sink import MemorySink
 from mso_hub.source import MemorySource
