@@ -189,6 +189,11 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
+def _too_large(shape: Sequence[int]) -> bool:
+    """Sizes that no array can have, also where a zero among them leaves no element."""
+    return math.prod(max(1, size) for size in shape) >= 1 << 60
+
+
 def _entry(name: str, raw: object, file: str, base: int) -> tuple[TensorInfo, int]:
     """One header entry -> TensorInfo and the end offset that it claims (absolute)."""
     if not isinstance(raw, dict):
@@ -199,7 +204,7 @@ def _entry(name: str, raw: object, file: str, base: int) -> tuple[TensorInfo, in
             f"{file}: tensor {name!r} has the dtype {_short(dtype)}; known are {', '.join(DTYPE_BITS)}; "
             "a newer mso_hub may read it"
         )
-    if not isinstance(shape, list) or len(shape) > RANK_LIMIT or not all(map(_is_count, shape)):
+    if not isinstance(shape, list) or len(shape) > RANK_LIMIT or not all(map(_is_count, shape)) or _too_large(shape):
         raise _fail(file, f"tensor {name!r} needs up to {RANK_LIMIT} sizes >= 0 as shape, got {_short(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise _fail(file, f"tensor {name!r} needs data_offsets [begin, end], got {_short(offsets)}")
@@ -288,3 +293,11 @@ def parse_index(raw: bytes, file: str) -> tuple[dict[str, str], dict[str, Any]]:
     paths = {value: str(folder / safe_path(value, file)) for value in set(weight_map.values())}
     metadata = index.get("metadata")
     return {name: paths[value] for name, value in weight_map.items()}, metadata if isinstance(metadata, dict) else {}
+
+
+def other_models(files: Iterable[str]) -> tuple[str, ...]:
+    """Prefixes `folder/` of the subfolders that hold a model of their own: those with a config.json.
+
+    A draft model or an original export beside the weights; it is carried along, never converted with them.
+    """
+    return tuple(name.removesuffix("config.json") for name in files if name.endswith("/config.json"))

@@ -27,7 +27,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def opt(name: str, **settings: Any) -> Callable[[Command], Command]:
     """A click option under `--some_name` and `--some-name`; a flag gets `--no_...` only where it is asked for."""
     forms = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
-    return click.option(*forms, name, **settings)
+    return click.option(*forms, name, callback=_given, **settings)
+
+
+def _given(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Refuse an empty text (a shell variable that is not set) and open a leading `~`, which `--x=~/y` keeps."""
+    if value == "" or (isinstance(value, tuple) and "" in value):
+        raise click.BadParameter("must not be empty", ctx, parameter)
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
 
 
 def several(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -51,8 +58,14 @@ class Program(click.Group):
         gc.set_threshold(200_000, 20, 100)
         try:
             return super().invoke(ctx)
-        except (MsoError, OSError) as error:
+        except MsoError as error:
             click.echo(f"mso-hub: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:
+            click.echo(f"mso-hub: {error}; check the path, its permissions and the disk behind it", err=True)
+            ctx.exit(2)
+        except MemoryError:
+            click.echo("mso-hub: out of memory; lower --workers or --memory_budget", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("mso-hub: paused; what is complete is kept, the same command goes on", err=True)
@@ -62,7 +75,7 @@ class Program(click.Group):
 SOURCE = opt("input_dir", required=True, metavar="DIR", help="Folder of the checkpoint to read.")
 TARGET = opt("output_dir", required=True, metavar="DIR", help="New or empty folder to write.")
 RUN = several(
-    click.option("--resume/--no_resume", " /--no-resume", default=True, help="Continue an unfinished run (default)."),
+    click.option("--resume/--no_resume", " /--no-resume", default=True, help="Continue an unfinished run, or --fresh."),
     opt("fresh", is_flag=True, help="Discard an earlier output of this tool, finished or not, and start over."),
     opt("workers", type=click.IntRange(1), metavar="N", help="Threads; all processors by default."),
     opt("memory_budget", default="448MiB", metavar="SIZE", help="Weights held in memory at once [448MiB]."),
@@ -255,7 +268,7 @@ def extract(config: str, output: str | None, verbose: bool) -> None:
 
 
 @main.command()
-@click.argument("source", required=False)
+@click.argument("source", callback=_given, required=False)
 @opt("input_dir", metavar="DIR", help="The same as SOURCE.")
 @JSON
 def inspect(source: str | None, input_dir: str | None, json: bool) -> None:
@@ -268,7 +281,7 @@ def inspect(source: str | None, input_dir: str | None, json: bool) -> None:
 
 
 @main.command()
-@click.argument("source", required=False)
+@click.argument("source", callback=_given, required=False)
 @opt("input_dir", metavar="DIR", help="The same as SOURCE.")
 @SCHEME
 @JSON
@@ -282,7 +295,7 @@ def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) 
 
 
 @main.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", callback=_given)
 @opt("source", metavar="DIR", help="Where it came from: reports the dequantized error of every weight.")
 @opt("reference", metavar="WHAT", help="`modelopt`, or a checkpoint to compare with byte by byte.")
 @JSON
@@ -298,8 +311,8 @@ def verify(checkpoint: str, source: str | None, reference: str | None, json: boo
 
 
 @main.command()
-@click.argument("first")
-@click.argument("second")
+@click.argument("first", callback=_given)
+@click.argument("second", callback=_given)
 @JSON
 def compare(first: str, second: str, json: bool) -> None:
     """Compare the scales and weights of two checkpoints, whatever their formats."""

@@ -15,7 +15,7 @@ from mso_hub.sink import open_sink
 
 def check_hardware(device: str, num_gpus: int) -> None:
     """Refuse a GPU: the kernels of this version run on processors, and no flag is taken and ignored."""
-    if num_gpus > 0 or device not in ("cpu", "auto"):
+    if num_gpus != 0 or device not in ("cpu", "auto"):
         raise RecipeError(
             f"device {device!r}, num_gpus {num_gpus}: this version computes on the CPU only; leave both out, the "
             "bytes do not depend on the device"

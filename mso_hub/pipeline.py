@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mso_hub.checkpoint import TensorInfo
 from mso_hub.engine import ThreadEngine, write_pieces
-from mso_hub.errors import RecipeError
+from mso_hub.errors import CheckpointError, RecipeError
 from mso_hub.events import Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
 from mso_hub.formats.weight import read_rows
 from mso_hub.plan import Plan, Recipe, plan_checkpoint
@@ -40,6 +40,7 @@ def convert(
     Raises MsoError (see errors.py); nothing is visible at the sink unless this returns.
     """
     source, sink = _opened(source, sink)
+    stamps = {name: source.stamp(name) for name in source.files()}
     plan = make_plan(source, recipe)
     sizes = plan.sizes(source.files())
     sink.begin(plan.job, sizes)
@@ -61,6 +62,9 @@ def convert(
             with sink.open(name, sizes[name]) as file:
                 for data in _content(plan, source, name, sizes[name]):
                     file.write(data)
+        for name, stamp in stamps.items():
+            if source.stamp(name) != stamp:
+                raise CheckpointError(f"{source.name}/{name}: changed while it was read; run it again with --fresh")
         sink.commit(_manifest(plan, sink))
     finally:
         sink.close()

@@ -27,7 +27,9 @@ from mso_hub.formats.weight import Reader, Weight
 from mso_hub.plan import Plan, ShardPlan, Step
 
 BLOCK = 8 << 20
-"""Bytes of numbers per row block: large enough for the kernels, small against the budget."""
+"""Bytes of numbers per row block at most: large enough for the kernels, small against the budget."""
+LEAST_BLOCK = 256 << 10
+"""The same at least, whatever the budget: below it calls cost more than arithmetic."""
 
 MEMORY = 448 << 20
 """Default budget in bytes; half of it just holds gate_proj and up_proj of an 8B model."""
@@ -114,6 +116,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self._plan, self._read, self._notes, self._pool, self._memory = plan, read, notes, pool, memory
         self._width = 2 * workers + 1
+        self._block = min(BLOCK, max(LEAST_BLOCK, memory // (8 * workers)))
 
     def pieces(self, shards: Iterable[ShardPlan]) -> Iterator[Piece]:
         """Encoded pieces in order; a few blocks stay queued so that no thread waits for the consumer."""
@@ -139,7 +142,7 @@ class _Run:
     ) -> Iterator[Piece]:
         arrays = future.result()
         form = self._plan.format
-        scalars = form.scalars(amax, step.input_scale) if last and step.unit and form else ()
+        scalars = form.scalars(amax, step.input_scale) if last and step.unit is not None and form else ()
         row_wise = len(arrays)
         for at, data in enumerate((*arrays, *scalars)):
             if at < row_wise or last:
@@ -153,9 +156,11 @@ class _Run:
             values, dtype = held or weight.values(weight.load(self._read, *block), *block)
             return self._plan.format.encode(values, dtype, amax)
         loaded = weight.load(self._read, *block)
-        if weight.decoder is not None:
-            return (weight.decoder.decode(loaded, *block, weight.dtype),)
-        return (loaded["weight"],)
+        if weight.decoder is None:
+            return (loaded["weight"],)
+        decoded = weight.decoder.decode(loaded, *block, weight.dtype)
+        _require_finite(weight, decoded, weight.dtype, block[0])
+        return (decoded,)
 
     def _ahead(self, shards: Iterable[ShardPlan]) -> Iterator[tuple[ShardPlan, _Loaded]]:
         """Steps in order, those to encode with their unit's amax and, where they fit, their numbers.
@@ -188,7 +193,7 @@ class _Run:
 
     def _start(self, steps: Sequence[Step]) -> list[list[Future[tuple[Array, str, float]]]]:
         submit = self._pool.submit
-        return [[submit(self._load, s.weight, block) for block in s.weight.blocks(BLOCK)] for s in steps]
+        return [[submit(self._load, s.weight, block) for block in s.weight.blocks(self._block)] for s in steps]
 
     def _load(self, weight: Weight, block: Block) -> tuple[Array, str, float]:
         from mso_hub.formats.numerics import floats
@@ -202,7 +207,7 @@ class _Run:
         """Wait for a unit's loads and settle its amax."""
         unit = steps[0].unit
         if unit is None:
-            return [_Loaded(s, s.weight.blocks(BLOCK), 0.0, None) for s in steps]
+            return [_Loaded(s, s.weight.blocks(self._block), 0.0, None) for s in steps]
         own: dict[str, float] = {}
         values: list[list[tuple[Array, str]] | None] = []
         for at, step in enumerate(steps):
@@ -216,7 +221,7 @@ class _Run:
             if not amax < float("inf"):
                 self._refuse(step.weight)
         amax = self._unit_amax(unit, own)
-        return [_Loaded(s, s.weight.blocks(BLOCK), amax, v) for s, v in zip(steps, values, strict=True)]
+        return [_Loaded(s, s.weight.blocks(self._block), amax, v) for s, v in zip(steps, values, strict=True)]
 
     def _unit_amax(self, unit: str, own: MutableMapping[str, float]) -> float:
         """Largest amax of a unit; members in other shards are read once and the result is noted."""
@@ -231,7 +236,7 @@ class _Run:
     def _amax(self, weight: Weight) -> float:
         """Amax of a weight that is not kept, block by block."""
         load = partial(self._load, weight)
-        amax = _largest(result[2] for result in self._windowed(load, weight.blocks(BLOCK)))
+        amax = _largest(result[2] for result in self._windowed(load, weight.blocks(self._block)))
         if not amax < float("inf"):
             self._refuse(weight)
         return amax
@@ -247,15 +252,27 @@ class _Run:
 
     def _refuse(self, weight: Weight) -> None:
         """Find the first NaN or Inf and name it."""
-        from mso_hub.formats.numerics import floats
-
-        for start, stop in weight.blocks(BLOCK):
+        for start, stop in weight.blocks(self._block):
             values, dtype = weight.values(weight.load(self._read, start, stop), start, stop)
-            at = floats.first_nonfinite(values, dtype)
-            if at is not None:
-                row, column = start + at // weight.shape[1], at % weight.shape[1]
-                found = floats.widen(values.reshape(-1)[at : at + 1], dtype)[0]
-                raise NonFiniteError(
-                    f"{weight.name}: weights must be finite to be quantized, found {found} at row {row}, column "
-                    f"{column}; repair the checkpoint or add the tensor to `ignore`"
-                )
+            _require_finite(weight, values, dtype, start)
+
+
+def _require_finite(weight: Weight, values: Array, dtype: str, first_row: int) -> None:
+    """NonFiniteError that names the first NaN or Inf of a block of rows."""
+    from mso_hub.formats.numerics import floats
+
+    at = floats.first_nonfinite(values, dtype)
+    if at is None:
+        return
+    row, column = first_row + at // weight.shape[1], at % weight.shape[1]
+    found = floats.widen(values.reshape(-1)[at : at + 1], dtype)[0]
+    place = f"found {found} at row {row}, column {column}"
+    if weight.decoder is None:
+        raise NonFiniteError(
+            f"{weight.name}: weights must be finite to be quantized, {place}; repair the checkpoint or add the tensor "
+            "to `ignore`"
+        )
+    raise NonFiniteError(
+        f"{weight.name}: {weight.decoder.name} must decode to finite numbers, {place}; a stored scale is damaged, or "
+        f"{dtype} cannot hold the number: fetch the checkpoint again, or decompress to another dtype"
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from mso_hub.checkpoint import TensorInfo
@@ -11,22 +13,25 @@ from mso_hub.errors import CheckpointError, PlanError
 from mso_hub.formats.dialects import compressed_tensors
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.packed_int import ReadShape, packed_int
-from mso_hub.formats.weight import Weight
+from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 
 ROLES = {
     "weight_packed": "packed", "weight_scale": "scale", "weight_zero_point": "zero_point",
     "weight_g_idx": "g_idx", "weight_shape": "shape", "weight_global_scale": "global",
 }  # fmt: skip
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where multimodal configs keep the language model's part."""
 CONFIG_KEYS = ("quantization_config", "compression_config")
 RUNTIME_SCALES = re.compile(
     r"\.(input_scale|input_global_scale|input_zero_point|[kvq]_scale|[kvq]_zero_point|output_scale)$"
 )
 """Companions that only the quantized runtime reads; they go when their weight is decoded."""
 PACKED_NAME = re.compile(
-    r"\.(weight_packed|weight_scale(_inv|_2)?|weight_global_scale|weight_zero_point|weight_g_idx|qweight|qzeros)$"
+    r"\.(weight_packed|weight_scale(_inv|_2)?|weight_global_scale|weight_zero_point|weight_g_idx|qweight|qzeros|"
+    r"pre_quant_scale|absmax|quant_map|SCB)$|\.quant_state\S*$"
 )
 """Never part of a dense checkpoint."""
-SUSPECT_NAME = re.compile(r"[._](scales?|g_idx|blocks|absmax|quant_map|quant_state\S*|SCB|pre_quant_scale|scale_inv)$")
+SUSPECT_NAME = re.compile(r"[._](scales?|g_idx|blocks|scale_inv)$")
 """Part of a packed weight where the config says that there are some; an ordinary name elsewhere."""
 UNDECODED_DTYPES = frozenset(
     {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"}
@@ -34,29 +39,29 @@ UNDECODED_DTYPES = frozenset(
 
 
 def quantization_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Every quantization_config of a config.json: at the top, and nested as in `text_config` of Kimi-K2.5."""
+    """Every quantization_config of a config.json, the outermost first: Kimi-K2.5 has it in `text_config`."""
     found = [config[key] for key in CONFIG_KEYS if isinstance(config.get(key), dict)]
-    for value in config.values():
-        if isinstance(value, dict) and value not in found:
-            found += [value[key] for key in CONFIG_KEYS if isinstance(value.get(key), dict)]
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in CONFIG_KEYS:
+            found += quantization_configs(value)
     return found
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json without any quantization_config, nested ones too; nothing else is touched."""
     return {
-        key: {k: v for k, v in value.items() if k not in CONFIG_KEYS} if isinstance(value, dict) else value
+        key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key not in CONFIG_KEYS
     }
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json whose `dtype` (older: `torch_dtype`) says what decoded weights are, wherever it was said before."""
+    """config.json whose `dtype` (older: `torch_dtype`) says what decoded weights are, where the text model has it."""
     said = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     return {
         key: said[dtype] if key in ("dtype", "torch_dtype") and value in said.values()
-        else with_dtype(value, dtype) if isinstance(value, dict) else value
+        else with_dtype(value, dtype) if key in TEXT_CONFIGS and isinstance(value, dict) else value
         for key, value in config.items()
     }  # fmt: skip
 
@@ -98,7 +103,32 @@ def _nvfp4(module: str, codes: TensorInfo, scale: TensorInfo, scalar: TensorInfo
             "there is no decoder for that"
         )
     parts = {"codes": codes, "scale": scale, "global": scalar}
-    return Weight(f"{module}.weight", dtype, (codes.shape[0], 2 * codes.shape[1]), parts, Nvfp4Decoder(layout))
+    return Weight(f"{module}.weight", dtype, (codes.shape[0], 2 * codes.shape[1]), parts, Nvfp4Decoder(layout, module))
+
+
+def _is_runtime_scale(info: TensorInfo, packed: AbstractSet[str], config: Mapping[str, Any]) -> bool:
+    """Does only the quantized runtime read this tensor? Its module must be packed, or it is a KV-cache scale.
+
+    A model may call an ordinary parameter `output_scale` or `q_scale`: those stay.
+    """
+    if not RUNTIME_SCALES.search(info.name):
+        return False
+    module, _, suffix = info.name.rpartition(".")
+    configs = quantization_configs(config)
+    if module in packed or not (packed or configs):
+        return module in packed
+    if suffix[1:] not in ("_scale", "_zero_point"):
+        return False
+    announced = any(c.get("kv_cache_scheme") or c.get("kv_cache_quant_algo") for c in configs)
+    return announced or (math.prod(info.shape) == 1 and module.endswith(("attn", "attention", "_proj")))
+
+
+def _is_undecoded(info: TensorInfo, packed: AbstractSet[str], config: Mapping[str, Any]) -> bool:
+    """Is this part of a packed weight that no decoder has taken?"""
+    if info.dtype in UNDECODED_DTYPES or PACKED_NAME.search(info.name):
+        return True
+    suspect = SUSPECT_NAME.search(info.name) and (packed or quantization_configs(config))
+    return bool(suspect) and (info.dtype not in FLOAT_DTYPES or info.name.rpartition(".")[0] in packed)
 
 
 def read_weights(
@@ -113,7 +143,6 @@ def read_weights(
     weights: list[Weight] = []
     dropped: list[str] = []
     consumed: set[str] = set()
-    quantized = bool(quantization_configs(config))
     for name, info in tensors.items():
         module, _, suffix = name.rpartition(".")
         if suffix == "weight_packed":
@@ -128,12 +157,13 @@ def read_weights(
             continue
         consumed |= {part.name for part in weights[-1].parts.values()}
     strange: list[str] = []
+    packed = {weight.module for weight in weights}
     for name, info in tensors.items():
         if name in consumed:
             continue
-        if (consumed or quantized) and RUNTIME_SCALES.search(name):
+        if _is_runtime_scale(info, packed, config):
             dropped.append(name)
-        elif info.dtype in UNDECODED_DTYPES or PACKED_NAME.search(name) or (quantized and SUSPECT_NAME.search(name)):
+        elif _is_undecoded(info, packed, config):
             strange.append(f"{name} {info.dtype} {list(info.shape)}")
         else:
             weights.append(Weight(name, info.dtype, info.shape, {"weight": info}))

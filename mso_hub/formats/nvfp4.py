@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mso_hub.checkpoint import Array, TensorInfo
+from mso_hub.errors import CheckpointError
 from mso_hub.formats.dialects import compressed_tensors, modelopt
 
 GROUP_SIZE = 16
@@ -110,9 +111,13 @@ class Nvfp4:
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4Decoder:
-    """Reads NVFP4 of either layout; the parts carry the roles `codes`, `scale` and `global`."""
+    """Reads NVFP4 of either layout; the parts carry the roles `codes`, `scale` and `global`.
+
+    module  for messages
+    """
 
     layout: str
+    module: str
 
     @property
     def name(self) -> str:
@@ -132,5 +137,10 @@ class Nvfp4Decoder:
         """Rows in `dtype`: e2m1 * (scale * global) for ModelOpt, e2m1 * (scale / global) for compressed-tensors."""
         from mso_hub.formats.numerics import nvfp4
 
+        scale = np.float32(parts["global"].reshape(-1)[0])
+        if not 0 < scale < np.inf:
+            raise CheckpointError(
+                f"{self.module}: the global scale must be finite and > 0, found {scale}; the checkpoint is damaged"
+            )
         decode = nvfp4.decode if self.layout == "modelopt" else nvfp4.decode_divided
-        return decode(parts["codes"], parts["scale"], np.float32(parts["global"].reshape(-1)[0]), dtype)
+        return decode(parts["codes"], parts["scale"], scale, dtype)

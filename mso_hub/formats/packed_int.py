@@ -26,15 +26,17 @@ class PackedInt:
     """How one weight is packed.
 
     module         for messages
-    bits, columns  width of a code; logical K
+    rows, columns  logical [N, K]
+    bits           width of a code
     group_size     columns per scale, None for one scale a row
     dense          codes straddle words (3, 5, 6, 7 bits since compressed-tensors 0.16) or leave their top bits empty
     scale_dtype    dtype of weight_scale
     """
 
     module: str
-    bits: int
+    rows: int
     columns: int
+    bits: int
     group_size: int | None
     dense: bool
     scale_dtype: str
@@ -64,9 +66,9 @@ class PackedInt:
         """Rows in `dtype`, (code - zero_point) * scale in fp32, rounded once."""
         from mso_hub.formats.numerics import floats, integer
 
-        if "shape" in parts and int(parts["shape"].reshape(-1)[1]) != self.columns:
+        if "shape" in parts and parts["shape"].reshape(-1).tolist() != [self.rows, self.columns]:
             raise CheckpointError(
-                f"{self.module}.weight_shape says {parts['shape'].tolist()}, {self.columns} columns are packed; "
+                f"{self.module}.weight_shape says {parts['shape'].tolist()}, [{self.rows}, {self.columns}] is packed; "
                 "the companions belong to another weight"
             )
         g_idx, groups = parts.get("g_idx"), parts["scale"].shape[1]
@@ -158,6 +160,6 @@ def packed_int(
         raise CheckpointError(f"{module}: {columns} columns in groups of {group} do not make {groups} scales a row")
     if "zero_point" not in parts and args.get("symmetric") is False:
         raise CheckpointError(f"{module}: the config says asymmetric, weight_zero_point is missing")
-    decoder = PackedInt(module, bits, columns, group if grouped else None, dense, scale.dtype)
+    decoder = PackedInt(module, packed.shape[0], columns, bits, group if grouped else None, dense, scale.dtype)
     _check_companions(module, parts, decoder)
     return decoder, (packed.shape[0], columns)

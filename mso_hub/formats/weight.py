@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mso_hub.checkpoint import Array, TensorInfo
+from mso_hub.checkpoint import DTYPE_BITS, Array, TensorInfo
 
 Reader = Callable[[str, int, int], NDArray[np.uint8]]
 """(file, begin, end) -> bytes, as Source.read has it."""
@@ -78,7 +78,9 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of all parts."""
+        """Stored bytes of all parts; of a transposed view its own share."""
+        if isinstance(self.decoder, Transposed):
+            return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
         return sum(part.nbytes for part in self.parts.values())
 
     @property

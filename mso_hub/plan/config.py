@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
+from mso_hub.checkpoint import other_models
 from mso_hub.errors import PlanError
 from mso_hub.formats.weight import Weight
 from mso_hub.plan.fusion import unit_of, units
@@ -35,8 +36,12 @@ def carried_files(files: Mapping[str, int], *, text_only: bool) -> tuple[tuple[s
     """Files of the source -> (those that come along unchanged, those that stay behind)."""
     carried: list[str] = []
     behind: list[str] = []
+    apart = other_models(files)
     for name in files:
         if name == "config.json":
+            continue
+        if name.startswith(apart):
+            carried.append(name)
             continue
         stale = PurePosixPath(name).name in QUANTIZATION_FILES or OTHER_WEIGHTS.search(name)
         (behind if stale or (text_only and PROCESSOR_FILES.search(name)) else carried).append(name)
@@ -47,15 +52,14 @@ def ignore_list(kept: Mapping[str, tuple[Weight, str]], chosen: Iterable[str]) -
     """Exact names of every linear module that stays, plus the names under which engines ask for them.
 
     Those are the fused module, also where members are missing (shared keys and values: vLLM finds no `k_proj` in
-    the list then), the experts' container, and `lm_head` even where it is tied to the embedding and not stored.
+    the list then), the experts' container and the projections of its first expert as compressed-tensors' MoE method
+    asks for them whatever the model calls them, and `lm_head` even where it is tied to the embedding and not stored.
     """
     names = {module for module, (weight, _) in kept.items() if is_linear(weight)}
     aliases = {*units(sorted(names)), *filter(None, map(unit_of, names))}
-    for module in names:
-        if match := EXPERT.match(module):
-            aliases.add(match["bank"])
-        elif ".experts." in module:
-            aliases.add(module.rpartition(".")[0])
+    banks = {match["bank"] for match in map(EXPERT.match, names) if match}
+    banks |= {module.rpartition(".")[0] for module in names if module.rpartition(".")[0].endswith(".experts")}
+    aliases |= banks | {f"{bank}.0.{leaf}" for bank in banks for leaf in ("gate_proj", "up_proj", "down_proj")}
     if not any(module.endswith("lm_head") for module in chosen):
         names.add("lm_head")
     return sorted(names | aliases)
@@ -65,7 +69,9 @@ def check_substrings(ignore: Iterable[str], chosen: Iterable[str]) -> None:
     """ModelOpt ignore lists are matched as substrings by vLLM: refuse one that would cover a quantized module."""
     chosen = list(chosen)
     everything = "\n".join([*chosen, *units(chosen)])
-    for name in ignore:
+    ignored = set(ignore)
+    # A name below another ignored name is a part of nothing that the shorter one is not a part of.
+    for name in (n for n in ignored if not any(n[:at] in ignored for at, c in enumerate(n) if c == ".")):
         if name in everything:
             hit = next(m for m in everything.split("\n") if name in m)
             raise PlanError(

@@ -278,7 +278,7 @@ def _config(checkpoint: Checkpoint, recipe: Recipe, form: Format | None, parts: 
         config = with_dtype(config, recipe.dtype)
     if form is not None:
         if not config:
-            raise PlanError(f"{checkpoint.name}: a quantized checkpoint is announced in config.json, there is none")
+            raise PlanError(f"{checkpoint.name}: a quantized model needs its config.json, there is none; add it")
         activations = recipe.input_scale is not None or bool(recipe.input_scales)
         config["quantization_config"] = form.config(_ignore(parts), activations=activations)
     return config

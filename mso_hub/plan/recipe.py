@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import translate
 
 from mso_hub.errors import RecipeError
@@ -26,7 +26,6 @@ MLP_LEAVES = frozenset(
         "w13",
         "fc1",
         "fc2",
-        "c_fc",
         "dense_h_to_4h",
         "dense_4h_to_h",
     ]
@@ -99,12 +98,28 @@ class Recipe:
         ):
             if value not in known:
                 raise RecipeError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.targets and self.mode != "mlp":
+            raise RecipeError(f"targets {list(self.targets)} and mode {self.mode!r} contradict each other; keep one")
+        if self.scheme == "bf16":
+            self._refuse_encoder_settings()
         for scale in (
             *((self.input_scale,) if self.input_scale is not None else ()),
             *self.input_scales.values(),
         ):
             if not 2.0**-126 <= scale <= 2.0**126:  # float32 holds these and their reciprocals
                 raise RecipeError(f"input_scale must be a finite number > 0, 1.2e-38 to 8.5e37, got {scale}")
+
+    def _refuse_encoder_settings(self) -> None:
+        """Decoding chooses nothing: settings that would have no effect are mistakes."""
+        default = Recipe()
+        idle = [
+            f.name for f in fields(self)
+            if f.name not in ("scheme", "dtype", "text_only") and getattr(self, f.name) != getattr(default, f.name)
+        ]  # fmt: skip
+        if idle:
+            raise RecipeError(
+                f"scheme {self.scheme!r} decodes every packed weight and takes no {', '.join(idle)}; leave them out"
+            )
 
 
 class Patterns:
@@ -125,7 +140,7 @@ class Patterns:
             source = pattern[3:] if pattern.startswith("re:") else translate(pattern)[:-2] + r"(\..*)?\Z"
             try:
                 self._compiled.append((pattern, re.compile(source)))
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise RecipeError(f"{pattern!r} is not a regular expression: {error}") from error
 
     def find(self, module: str) -> str | None:

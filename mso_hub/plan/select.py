@@ -12,9 +12,12 @@ from mso_hub.errors import PlanError
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.experts import is_fused_experts, split_experts
 from mso_hub.plan.fusion import units
-from mso_hub.plan.recipe import Patterns, Recipe, default_reason, is_mlp
+from mso_hub.plan.recipe import DEFAULT_IGNORE, Patterns, Recipe, default_reason, is_mlp
 
 DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+CONV1D = frozenset(["gpt2", "openai-gpt", "imagegpt", "decision_transformer"])
+"""Model types whose linear layers are stored [in, out]: groups along the last dimension would be the wrong ones."""
+EMBEDDING = DEFAULT_IGNORE["embedding"]
 LINEAR = "Linear"
 """The target that means every linear layer, as compressed-tensors recipes write it."""
 EXPERT = re.compile(r"^(?P<bank>.*\bexperts)\.\d+\.(?P<leaf>\w+)$")
@@ -63,19 +66,22 @@ def _chooser(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Callable[[Weigh
 
     def reason(weight: Weight) -> str | None:
         module = weight.module
-        target = targets.find(module)
         if (pattern := ignore.find(module)) is not None:
             return f"ignore {pattern}"
         if (pattern := imported.find(module)) is not None:
             return f"exclude config {pattern}"
+        if not is_linear(weight):
+            return "not a linear layer's weight"
         if recipe.default_ignore:
             if (why := default_reason(module)) is not None:
                 return why
             layer = DECODER_LAYER.search(module)
             if layer and layers is not None and int(layer[1]) >= layers:
                 return "MTP"
+        if EMBEDDING.search(module):
+            return "embedding"  # a look-up, never a linear layer: no loader takes a packed one
         if recipe.targets and LINEAR not in recipe.targets:
-            return None if target else "no target matches"
+            return None if targets.find(module) else "no target matches"
         if len(weight.shape) != 2 and not is_fused_experts(weight):
             return "not a matrix"
         if not (everything or is_fused_experts(weight) or is_mlp(module)):
@@ -88,10 +94,11 @@ def _chooser(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Callable[[Weigh
 def _unused(recipe: Recipe, sets: Sequence[Patterns]) -> tuple[list[str], list[str]]:
     """Sentences about patterns that the user typed in vain, and the imported ones that matched nothing."""
     ignore, imported, targets = sets
-    idle = [
-        f"{kind} {pattern!r} matches no weight of this checkpoint; correct it or leave it out"
-        for kind, found in (("ignore", ignore.unused), ("targets", targets.unused))
-        for pattern in found
+    idle = [f"ignore {p!r} matches no weight of this checkpoint; correct it or leave it out" for p in ignore.unused]
+    idle += [
+        f"targets {p!r} matches no weight that could be quantized (norms and embeddings never, heads and others only "
+        "with --no_default_ignore); correct it or leave it out"
+        for p in targets.unused
     ]
     if recipe.imported_ignore and len(imported.unused) == len(set(recipe.imported_ignore)):
         idle.append(
@@ -142,10 +149,12 @@ def select(
     problems: list[str] = []
     modules: list[str] = []
     names = {weight.name: None for weight in weights}
+    if config.get("model_type") in CONV1D:
+        problems.append(
+            f"model_type {config['model_type']!r} stores linear layers as [in, out]; it cannot be quantized"
+        )
     for weight in weights:
         why = reason_of(weight)
-        if not is_linear(weight):
-            why = "not a linear layer's weight"
         if why is not None:
             kept[weight.module] = (weight, why)
             modules.append(weight.module)

@@ -94,6 +94,7 @@ class LocalSink:
         self._target = Path(os.path.realpath(path))
         self.staging = self._target.parent / f".{self._target.name}.mso-partial"
         self.journal = self._target.parent / f".{self._target.name}.mso-journal"
+        self._retired = self._target.parent / f".{self._target.name}.mso-old"
         self._fresh = fresh
         self._journal: Journal | None = None
         self._entries: dict[str, Entry] = {}
@@ -123,7 +124,7 @@ class LocalSink:
         """Job that a finished output says it came from, or None when there is no output of this tool."""
         try:
             job = json.loads((self._target / MANIFEST).read_bytes())["job"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return job if isinstance(job, str) else None
 
@@ -139,9 +140,8 @@ class LocalSink:
         try:
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self.journal, job, fresh=self._fresh)
-            for folder in (self.staging, self._target) if self._fresh else ():
-                if folder.exists():
-                    shutil.rmtree(folder)
+            if self._fresh and self.staging.exists():
+                shutil.rmtree(self.staging)
             self.staging.mkdir(exist_ok=True)
             self._entries = self._verified(sizes)
             self._discard_leftovers()
@@ -156,6 +156,8 @@ class LocalSink:
 
     def _require_replaceable(self, finished: str | None, job: str) -> None:
         """Refuse a place that the finished folder could not be renamed to."""
+        if self.staging.is_symlink():
+            raise SinkError(f"{self.staging}: must be a folder of this tool, found a link; remove it")
         if os.path.ismount(self._target):
             raise SinkError(
                 f"{self.path}: is a mount point, the output must be a folder that a finished one can replace; "
@@ -173,13 +175,20 @@ class LocalSink:
                 f"{self.path}: holds a finished run with another source or other settings (job {finished[:12]}, "
                 f"this one is {job[:12]}); choose another folder, or replace it with --fresh"
             )
+        listed = set(json.loads((self._target / MANIFEST).read_bytes()).get("files", ())) | {MANIFEST}
+        found = {path.relative_to(self._target).as_posix() for path in self._target.rglob("*") if not path.is_dir()}
+        if found - listed:
+            raise SinkError(
+                f"{self.path}: --fresh replaces what this tool wrote, and {min(found - listed)} is not of it; "
+                "move it away"
+            )
 
     def _finished_entries(self, sizes: Mapping[str, int]) -> dict[str, Entry]:
         """Files of a finished output by its manifest; SinkError when one is missing or has another size."""
         try:
             files = json.loads((self._target / MANIFEST).read_bytes())["files"]
             entries = {name: Entry(files[name]["nbytes"], files[name]["sha256"]) for name in sizes}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SinkError(
                 f"{self.path / MANIFEST}: must list all {len(sizes)} files of the output, it does not ({error!r}); "
                 "start over with --fresh"
@@ -187,11 +196,13 @@ class LocalSink:
         for name, entry in entries.items():
             path = self._target / name
             found = f"{path.stat().st_size:,}" if path.is_file() else "none"
-            if found != f"{entry.nbytes:,}":
-                raise SinkError(
-                    f"{self.path / name}: the finished output had {entry.nbytes:,} bytes there, found {found}; "
-                    "restore it, or start over with --fresh"
-                )
+            if found == f"{entry.nbytes:,}" and _sha256(path) == entry.sha256:
+                continue
+            what = "others" if found == f"{entry.nbytes:,}" else found
+            raise SinkError(
+                f"{self.path / name}: the finished output had {entry.nbytes:,} bytes there, found {what}; "
+                "restore it, or start over with --fresh"
+            )
         return entries
 
     def _verified(self, sizes: Mapping[str, int]) -> dict[str, Entry]:
@@ -250,6 +261,10 @@ class LocalSink:
         """Rename the finished folder into place; nothing to do where it already is."""
         if self._journal is None:
             return
+        for name, entry in self._entries.items():
+            path = self.staging / name
+            if not path.is_file() or path.stat().st_size != entry.nbytes:
+                raise SinkError(f"{path}: {entry.nbytes:,} bytes were written, they are gone; run it again")
         try:
             with (self.staging / MANIFEST).open("wb") as file:
                 file.write(manifest)
@@ -257,9 +272,13 @@ class LocalSink:
                 os.fsync(file.fileno())
             for folder in {path.parent for path in self.staging.rglob("*")}:
                 _sync_folder(folder)
+            if self._fresh and self._target.exists():  # begin() made sure that it is ours or empty
+                self._target.rename(self._retired)
             self.staging.rename(self._target)
             _sync_folder(self._target.parent)
             self.journal.unlink(missing_ok=True)
+            if self._retired.exists():
+                shutil.rmtree(self._retired)
         except OSError as error:
             raise SinkError(
                 f"{self.path}: the finished folder {self.staging} could not be renamed to it: {error.strerror}; "

@@ -13,6 +13,7 @@ from mso_hub.checkpoint import (
     Shard,
     TensorInfo,
     header_length,
+    other_models,
     parse_config,
     parse_header,
     parse_index,
@@ -91,13 +92,16 @@ def read_checkpoint(source: Source) -> Checkpoint:
     Raises CheckpointError for a header that lies, an index that points nowhere or a tensor held twice.
     """
     files = source.files()
-    shards = {name: read_shard(source, name, size) for name, size in files.items() if name.endswith(".safetensors")}
+    apart = other_models(files)
+    own = {name: size for name, size in files.items() if not name.startswith(apart)}
+    shards = {name: read_shard(source, name, size) for name, size in own.items() if name.endswith(".safetensors")}
     if not shards:
+        models = f", models of their own in {', '.join(apart)}" if apart else ""
         raise CheckpointError(
-            f"{source.name}: needs at least one .safetensors file, found {len(files)} other files; "
-            "convert .bin or .pth weights to safetensors first"
+            f"{source.name}: needs at least one .safetensors file, found {len(own)} other files{models}; "
+            "convert .bin or .pth weights to safetensors first, or give the folder of the model"
         )
-    indices = [name for name in files if name.endswith(INDEX_SUFFIX)]
+    indices = [name for name in own if name.endswith(INDEX_SUFFIX)]
     groups = [_indexed_group(name, source, shards, files) for name in indices]
     owned: dict[str, str] = {}
     for group in groups:

@@ -16,7 +16,7 @@ from mso_hub.errors import VerifyError
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import read_rows
 from mso_hub.verify.report import TensorError, plain
-from mso_hub.verify.run import Opened, distance, global_scale, open_weights
+from mso_hub.verify.run import Opened, distance, global_scale, like, open_weights
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
@@ -70,6 +70,7 @@ def _scale_quantiles(opened: Opened) -> dict[str, tuple[float, ...]]:
 def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
     """Compare every weight that two checkpoints share, whatever their formats; VerifyError when they share none."""
     a, b = open_weights(first), open_weights(second)
+    a, b = like(a, b), like(b, a)
     common = [n for n in a.weights if n in b.weights]
     if not common:
         raise VerifyError(f"{first} and {second}: share none of their {len(a.weights)} and {len(b.weights)} weights")

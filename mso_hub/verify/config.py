@@ -25,7 +25,7 @@ def _compiled(entry: str) -> re.Pattern[str] | None:
     """A `re:` entry, None when it is not a regular expression."""
     try:
         return re.compile(entry.removeprefix("re:"))
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return None
 
 

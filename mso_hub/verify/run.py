@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mso_hub.checkpoint import Array, Checkpoint, TensorInfo
+from mso_hub.checkpoint import Array, Checkpoint, TensorInfo, parse_config
 from mso_hub.engine.threads import default_workers
-from mso_hub.errors import PlanError, VerifyError
+from mso_hub.errors import CheckpointError, PlanError, VerifyError
 from mso_hub.events import Listener, TensorDone, ignore
-from mso_hub.formats.detect import read_weights
+from mso_hub.formats.detect import quantization_configs, read_weights
+from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import FLOAT_DTYPES, Reader, Weight, read_rows
 from mso_hub.plan.experts import is_fused_experts, split_experts
-from mso_hub.plan.fusion import units
+from mso_hub.plan.fusion import unit_of, units
 from mso_hub.plan.text import text_model
 from mso_hub.source import Source, open_source, read_checkpoint
 from mso_hub.verify.config import config_problems
@@ -59,7 +60,8 @@ def open_weights(where: str | Path | Source) -> Opened:
     runtime: list[str] = []
     for group in checkpoint.groups:
         weights, dropped = read_weights(group.tensors, checkpoint.config, read_shape, "BF16")
-        found.update((w.name, w) for w in weights)
+        # Two indices may hold the same names; each weight is then known with its index before its name.
+        found.update((w.name if w.name not in found else f"{group.index}: {w.name}", w) for w in weights)
         runtime += dropped
     return Opened(source, checkpoint, found, tuple(runtime))
 
@@ -82,6 +84,7 @@ def verify_checkpoint(
     weights = list(mine.weights.values())
     problems, hashed = _check_manifest(mine.source)
     problems += _index_problems(mine)
+    problems += _file_problems(mine)
     problems += config_problems(mine.checkpoint, weights, mine.runtime_scales)
     shared, scale_problems = _check_scales(mine)
     problems += scale_problems
@@ -89,7 +92,7 @@ def verify_checkpoint(
     errors: list[TensorError] = []
     equal: dict[str, int] = {}
     with ThreadPoolExecutor(default_workers()) as pool:
-        theirs = _like(open_weights(source), mine) if source is not None else None
+        theirs = like(open_weights(source), mine) if source is not None else None
         if theirs is not None:
             problems += _missing(mine, theirs)
             pairs = [(w, theirs.weights[n]) for n, w in mine.weights.items() if n in theirs.weights]
@@ -123,7 +126,7 @@ def _check_manifest(source: Source) -> tuple[list[str], int]:
                 problems.append(f"{name}: its SHA-256 differs from {MANIFEST}; the file changed after it was written")
             else:
                 good += 1
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problems.append(f"{MANIFEST}: not a manifest of this tool ({error!r})")
     return problems, good
 
@@ -149,18 +152,36 @@ def _index_problems(mine: Opened) -> Iterator[str]:
             yield f"{group.index}: total_size says {said} bytes, its tensors have {found:,}"
 
 
+def _file_problems(mine: Opened) -> Iterator[str]:
+    """hf_quant_config.json against config.json: TensorRT-LLM reads one, vLLM the other."""
+    files = mine.checkpoint.files
+    configs = quantization_configs(mine.checkpoint.config)
+    if QUANT_CONFIG_FILE not in files or not configs or configs[0].get("quant_method") != "modelopt":
+        return
+    content = parse_config(
+        mine.source.read(QUANT_CONFIG_FILE, 0, files[QUANT_CONFIG_FILE]).tobytes(), QUANT_CONFIG_FILE
+    )
+    nested = content.get("quantization")
+    said = nested if isinstance(nested, dict) else {}
+    for key, other in (("quant_algo", "quant_algo"), ("exclude_modules", "ignore")):
+        if said.get(key) != configs[0].get(other):
+            yield f"{QUANT_CONFIG_FILE}: {key} differs from {other} of config.json; engines would load different models"
+
+
 def global_scale(mine: Opened, weight: Weight) -> float:
     """The F32 global scale of an NVFP4 weight as it is stored."""
     return float(read_rows(mine.source.read, weight.parts["global"]).reshape(-1)[0])
 
 
 def _check_scales(mine: Opened) -> tuple[int, list[str]]:
-    """Global scales finite, positive and equal within every fused unit; block scales without NaN."""
-    packed = {w.module: w for w in mine.weights.values() if isinstance(w.decoder, Nvfp4Decoder)}
+    """Global and activation scales finite, positive, equal within every fused unit; block scales without NaN."""
+    packed = {n.removesuffix(".weight"): w for n, w in mine.weights.items() if isinstance(w.decoder, Nvfp4Decoder)}
     scales = {module: global_scale(mine, weight) for module, weight in packed.items()}
+    inputs = _input_scales(mine)
     problems = [
-        f"{module}: the global scale must be finite and > 0, found {scale}"
-        for module, scale in scales.items() if not 0 < scale < math.inf
+        f"{module}: the {kind} scale must be finite and > 0, found {scale}"
+        for kind, values in (("global", scales), ("activation", inputs))
+        for module, scale in values.items() if not 0 < scale < math.inf
     ]  # fmt: skip
     for module, weight in packed.items():
         info = weight.parts["scale"]
@@ -171,14 +192,36 @@ def _check_scales(mine: Opened) -> tuple[int, list[str]]:
                 break
     shared = units(packed)
     for key, members in shared.items():
-        found = {scales[m] for m in members}
-        if len(found) > 1:
-            listed = ", ".join(f"{m.rpartition('.')[2]} {scales[m]:.6g}" for m in members)
-            problems.append(f"{key}: engines keep one global scale for all members, found {listed}")
-    return len(shared), problems
+        for kind, values in (("global", scales), ("activation", inputs)):
+            if len({values[m] for m in members if m in values}) > 1:
+                listed = ", ".join(f"{m.rpartition('.')[2]} {values[m]:.6g}" for m in members if m in values)
+                problems.append(f"{key}: engines keep one {kind} scale for all members, found {listed}")
+    return len(shared), problems + list(_lonely(packed))
 
 
-def _like(theirs: Opened, mine: Opened) -> Opened:
+def _input_scales(mine: Opened) -> dict[str, float]:
+    """Module -> stored activation scale, in the layout's own direction."""
+    infos = {info.name: info for shard in mine.checkpoint.shards.values() for info in shard.tensors}
+    found = {}
+    for name in mine.runtime_scales:
+        module, _, suffix = name.rpartition(".")
+        if suffix in ("input_scale", "input_global_scale") and infos[name].dtype == "F32" and infos[name].nbytes == 4:
+            found[module] = float(read_rows(mine.source.read, infos[name]).reshape(-1)[0])
+    return found
+
+
+def _lonely(modules: Iterable[str]) -> Iterator[str]:
+    """Halves of gate/up pairs whose other half is missing, where other layers have both."""
+    pairs: dict[str, list[str]] = {}
+    for module in modules:
+        key = unit_of(module)
+        if key is not None and key.endswith(("gate_up_proj", "w13")):
+            pairs.setdefault(key, []).append(module)
+    if any(len(members) > 1 for members in pairs.values()):
+        yield from (f"{m[0]}: its partner is missing, other layers have both" for m in pairs.values() if len(m) == 1)
+
+
+def like(theirs: Opened, mine: Opened) -> Opened:
     """The source under the names of the output: vision parts dropped, fused experts split, where that was done."""
     weights = dict(theirs.weights)
     config = theirs.checkpoint.config
@@ -242,6 +285,17 @@ def distance(mine: Opened, theirs: Opened, now: Weight, before: Weight) -> Tenso
             return None
     if any(w.decoder is None and w.dtype not in FLOAT_DTYPES for w in (now, before)):
         return TensorError(now.name, math.inf, math.inf, f"{stored}, other bytes than the source")
+    try:
+        nmse, largest = _error(mine, theirs, now, before, ranges)
+    except CheckpointError as damage:  # a scale that decodes to nothing: this weight's finding, not the end
+        return TensorError(now.name, math.inf, math.inf, f"{stored}, {damage}")
+    return TensorError(now.name, nmse, largest, stored)
+
+
+def _error(
+    mine: Opened, theirs: Opened, now: Weight, before: Weight, ranges: Sequence[tuple[int, int]]
+) -> tuple[float, float]:
+    """(relative squared error, largest difference) of one weight against the source."""
     error = energy = largest = 0.0
     with np.errstate(all="ignore"):  # a damaged scale may give infinities: they are the finding
         for start, stop in ranges:
@@ -250,8 +304,7 @@ def distance(mine: Opened, theirs: Opened, now: Weight, before: Weight) -> Tenso
             error += float(np.square(difference, dtype=np.float64).sum())
             energy += float(np.square(reference, dtype=np.float64).sum())
             largest = max(largest, float(np.abs(difference).max(initial=0)))
-    nmse = error / energy if energy > 0 else (0.0 if error == 0 else math.inf)
-    return TensorError(now.name, nmse, largest, stored)
+    return error / energy if energy > 0 else (0.0 if error == 0 else math.inf), largest
 
 
 def _too_far(error: TensorError, weight: Weight) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mso_hub.errors import CheckpointError, PlanError
+from mso_hub.errors import CheckpointError, NonFiniteError, PlanError
 from mso_hub.formats.detect import quantization_configs, with_dtype, without_quantization
 from mso_hub.pipeline import convert
 from mso_hub.plan import Recipe
@@ -222,13 +222,59 @@ def test_configs_are_removed_without_touching_the_rest() -> None:
 
 
 def test_dtype_is_changed_only_where_it_names_a_float() -> None:
-    """`auto`, other fields and other values stay; nothing is added."""
+    """`auto`, other fields and values, and the vision part stay; nothing is added."""
     config = {
         "torch_dtype": "bfloat16", "vision_config": {"dtype": "float32", "dtype_of_x": "bfloat16"},
-        "text_config": {"torch_dtype": "auto", "dtype": None}, "name": "float32",
+        "text_config": {"torch_dtype": "auto", "dtype": "float32"}, "name": "float32",
     }  # fmt: skip
     assert with_dtype(config, "F16") == {
-        "torch_dtype": "float16", "vision_config": {"dtype": "float16", "dtype_of_x": "bfloat16"},
-        "text_config": {"torch_dtype": "auto", "dtype": None}, "name": "float32",
+        "torch_dtype": "float16", "vision_config": {"dtype": "float32", "dtype_of_x": "bfloat16"},
+        "text_config": {"torch_dtype": "auto", "dtype": "float16"}, "name": "float32",
     }  # fmt: skip
     assert with_dtype({"hidden_size": 1}, "BF16") == {"hidden_size": 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["logit_scale", "ls1.scale", "vision.blocks", "output_scale", "norm.q_scale", "gamma_scales"]
+)
+def test_ordinary_parameters_may_be_called_scale(name: str, tmp_path: Path) -> None:
+    """A name alone makes no packed weight: the parameter goes into the output, and out of it again."""
+    tensors = {f"{NAME}.weight": random_tensor(16, 32), name: torch.ones(4)}
+    source = write_checkpoint(tmp_path / "in", {"model.safetensors": tensors}, {"model_type": "x"})
+    convert(source, tmp_path / "packed", RECIPES["quantize"])
+    convert(tmp_path / "packed", tmp_path / "dense", RECIPES["decompress"])
+    assert name in tensors_of(tmp_path / "packed")
+    assert set(tensors_of(tmp_path / "dense")) == set(tensors)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("verb", RECIPES)
+def test_a_global_scale_that_is_none_is_refused(value: float, verb: str, tmp_path: Path) -> None:
+    """Zero, negative and infinite scales would decode to nonsense without a word."""
+    source = write_checkpoint(
+        tmp_path / "in", {"model.safetensors": {f"{NAME}.weight": random_tensor(16, 32)}}, {"model_type": "x"}
+    )
+    convert(source, tmp_path / "packed", RECIPES["quantize"])
+    tensors = tensors_of(tmp_path / "packed") | {f"{NAME}.weight_global_scale": torch.tensor([value])}
+    damaged = write_checkpoint(tmp_path / "bad", {"model.safetensors": tensors}, {"model_type": "x"})
+    with pytest.raises(CheckpointError, match=f"{NAME}: the global scale must be finite and > 0"):
+        convert(damaged, tmp_path / "out", RECIPES[verb])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_decoded_weight_must_be_finite(tmp_path: Path) -> None:
+    """A NaN block scale, or numbers that FP16 cannot hold: named, and nothing published."""
+    large = random_tensor(16, 32, dtype=torch.float32) * 1e6
+    source = write_checkpoint(tmp_path / "in", {"model.safetensors": {f"{NAME}.weight": large}}, {"model_type": "x"})
+    convert(source, tmp_path / "packed", RECIPES["quantize"])
+    with pytest.raises(
+        NonFiniteError, match=rf"{NAME}\.weight: nvfp4.*found -?inf at row .*decompress to another dtype"
+    ):
+        convert(tmp_path / "packed", tmp_path / "half", Recipe(scheme="bf16", dtype="F16"))
+    tensors = tensors_of(tmp_path / "packed")
+    scale = tensors[f"{NAME}.weight_scale"].view(torch.uint8)
+    scale[3, 1] = 0x7F
+    damaged = write_checkpoint(tmp_path / "bad", {"model.safetensors": tensors}, {"model_type": "x"})
+    with pytest.raises(NonFiniteError, match=rf"{NAME}\.weight: .*found nan at row 3, column 16"):
+        convert(damaged, tmp_path / "out", RECIPES["decompress"])
+    assert not (tmp_path / "out").exists()

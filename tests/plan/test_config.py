@@ -129,7 +129,7 @@ def test_ignore_names_the_container_of_ignored_experts() -> None:
 
 
 def test_ignore_names_the_container_of_a_fused_bank() -> None:
-    """A 3-D bank that stays has its own name in the list, and the container's."""
+    """A 3-D bank that stays has its name in the list, the container's, and those that vLLM asks for."""
     bank = {
         f"{L}.mlp.experts.gate_up_proj": random_tensor(2, 96, 32),
         f"{L}.mlp.experts.down_proj": random_tensor(2, 32, 48),
@@ -140,6 +140,7 @@ def test_ignore_names_the_container_of_a_fused_bank() -> None:
         f"{L}.mlp.experts",
         f"{L}.mlp.experts.gate_up_proj",
         f"{L}.mlp.experts.down_proj",
+        *(f"{L}.mlp.experts.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")),
     }
 
 
@@ -219,7 +220,7 @@ def test_an_old_quantization_config_is_replaced(part: str | None, key: str) -> N
 
 def test_a_checkpoint_without_config_cannot_be_announced() -> None:
     """Without config.json no loader would know that the weights are packed."""
-    with pytest.raises(PlanError, match=r"announced in config\.json, there is none"):
+    with pytest.raises(PlanError, match=r"needs its config\.json, there is none; add it"):
         plan_of(MLP, None)
 
 
@@ -243,7 +244,6 @@ CARRIED = [
     "sub/deep/notes.txt",
     "tokenizer.bin.txt",
     "recipe_for_soup.md",
-    "sub/config.json",
     "1_Pooling/config.json",
     "params.json",
     "training_args.bin",
@@ -295,3 +295,11 @@ def test_a_text_model_needs_no_image_processor() -> None:
     carried, behind = carried_files(files, text_only=True)
     assert carried == ("tokenizer.json",)
     assert behind == ("preprocessor_config.json", "processor_config.json")
+
+
+def test_a_model_in_a_subfolder_is_carried_and_not_converted() -> None:
+    """A draft model with a config of its own comes along byte for byte, whatever its format."""
+    draft = dict.fromkeys(("draft/config.json", "draft/hf_quant_config.json", "draft/model.safetensors"), b"x")
+    plan = plan_of(MLP, others=draft)
+    assert set(plan.carried) == set(draft)
+    assert not any(shard.name.startswith("draft/") for shard in plan.shards)

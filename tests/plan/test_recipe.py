@@ -158,7 +158,7 @@ def test_layers_that_hold_most_of_the_model_are_not_ignored(module: str) -> None
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        ("transformer.h.0.mlp.c_fc", True),
+        ("transformer.h.0.mlp.c_fc", False),
         ("transformer.h.0.mlp.dense_h_to_4h", True),
         ("model.decoder.layers.0.fc1", False),
         ("mlp.up_proj", True),
@@ -170,3 +170,19 @@ def test_layers_that_hold_most_of_the_model_are_not_ignored(module: str) -> None
 def test_is_mlp_needs_a_known_leaf_under_a_known_parent(module: str, expected: bool) -> None:
     """Neither the last component nor the path alone makes a feed-forward layer."""
     assert is_mlp(module) is expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"targets": ("a",)}, {"ignore": ("a",)}, {"layout": "modelopt"}, {"mode": "all-linear"}, {"input_scale": 1.0}],
+)
+def test_decoding_takes_no_encoder_settings(settings: dict[str, Any]) -> None:
+    """A setting that could have no effect is a mistake, not decoration."""
+    with pytest.raises(RecipeError, match=f"takes no {next(iter(settings))}"):
+        Recipe(scheme="bf16", **settings)
+
+
+def test_targets_and_a_mode_contradict_each_other() -> None:
+    """`--all_linear --targets X` would ignore one of the two."""
+    with pytest.raises(RecipeError, match="contradict each other"):
+        Recipe(mode="all-linear", targets=("*.down_proj",))

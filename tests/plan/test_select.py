@@ -252,7 +252,7 @@ def test_default_ignore_can_be_switched_off() -> None:
     assert tuple(w.module for w in found.chosen) == modules
     kept = choose(linear(*modules), targets=modules)
     assert [why for _, why in kept.kept.values()] == ["output head", "router or gate", "MTP"]
-    assert kept.idle == ()
+    assert [message.split("'")[1] for message in kept.idle] == list(modules)  # a target without effect is no target
 
 
 # --- patterns -------------------------------------------------------------------------------------
@@ -289,13 +289,19 @@ def test_ignore_beats_targets() -> None:
     assert found.idle == ()
 
 
+IN_VAIN = (
+    "targets {!r} matches no weight that could be quantized (norms and embeddings never, heads and others only with "
+    "--no_default_ignore); correct it or leave it out"
+)
+
+
 def test_a_typed_pattern_that_matches_nothing_is_named() -> None:
     """Each of them, with the kind of list it stands in."""
     found = choose(layers(0), ignore=("model.layer.0", "re:nothing"), targets=("*.down_proj", "*.donw_proj"))
     assert found.idle == (
         "ignore 'model.layer.0' matches no weight of this checkpoint; correct it or leave it out",
         "ignore 're:nothing' matches no weight of this checkpoint; correct it or leave it out",
-        "targets '*.donw_proj' matches no weight of this checkpoint; correct it or leave it out",
+        IN_VAIN.format("*.donw_proj"),
     )
 
 
@@ -427,3 +433,18 @@ def test_a_bank_with_a_wrong_shape_is_one_problem() -> None:
     bank = dense("model.layers.0.mlp.experts.down_proj", 64, 32, 24)
     (problem,) = choose([bank], {"hidden_size": 32, "moe_intermediate_size": 24}).problems
     assert problem.startswith("model.layers.0.mlp.experts.down_proj: nvfp4 needs a last dimension")
+
+
+def test_an_embedding_is_never_chosen() -> None:
+    """No loader takes a packed look-up table, so neither a target nor the missing default list packs one."""
+    modules = ("model.embed_tokens", "model.layers.0.mlp.down_proj")
+    found = choose(linear(*modules), mode="all-linear", default_ignore=False)
+    assert [w.module for w in found.chosen] == ["model.layers.0.mlp.down_proj"]
+    named = choose(linear(*modules), targets=modules, default_ignore=False)
+    assert [message.split("'")[1] for message in named.idle] == ["model.embed_tokens"]
+
+
+def test_layers_stored_the_other_way_round_are_refused() -> None:
+    """GPT-2 keeps [in, out]: groups along the last dimension would be groups of outputs."""
+    found = choose(linear("transformer.h.0.mlp.c_fc"), config={"model_type": "gpt2"}, mode="all-linear")
+    assert any("stores linear layers as [in, out]" in problem for problem in found.problems)

@@ -352,9 +352,53 @@ def test_a_finished_output_of_another_job_is_replaced_only_with_fresh(tmp_path: 
     with pytest.raises(SinkError, match=r"holds a finished run.*bbbbbbbbbbbb.*aaaaaaaaaaaa.*--fresh"):
         begun(out)
     assert digests(out) == before
+    with pytest.raises(SinkError, match="added by the user is not of it; move it away"):
+        begun(out, fresh=True)
+    assert digests(out) == before
+    (out / "added by the user").unlink()
     finish(out, fresh=True)
     assert json.loads((out / "mso_hub.json").read_text())["job"] == JOB
-    assert not (out / "added by the user").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_fresh_keeps_the_finished_output_until_the_new_one_is_there(tmp_path: Path) -> None:
+    """A run that fails must not cost the checkpoint that it was to replace."""
+    out = tmp_path / "out"
+    finish(out, OTHER_JOB)
+    before = digests(out)
+    begun(out, fresh=True).close()
+    assert digests(out) == before
+
+
+def test_a_partial_folder_that_lost_files_is_not_published(tmp_path: Path) -> None:
+    """Somebody cleaned up while the run went on: what was written is gone, and that is an error."""
+    sink = begun(tmp_path / "out")
+    put(sink, FIRST)
+    (sink.staging / FIRST).unlink()
+    with pytest.raises(SinkError, match="they are gone; run it again"):
+        sink.commit(b"{}")
+    sink.close()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_in_the_place_of_the_partial_folder_is_refused(tmp_path: Path) -> None:
+    """Following it would clear a stranger's folder."""
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "precious").write_text("x")
+    (tmp_path / ".out.mso-partial").symlink_to(tmp_path / "victim")
+    with pytest.raises(SinkError, match="found a link; remove it"):
+        begun(tmp_path / "out")
+    assert (tmp_path / "victim" / "precious").exists()
+
+
+def test_a_finished_output_with_other_bytes_is_reported(tmp_path: Path) -> None:
+    """A changed file of the right size is no finished output."""
+    out = tmp_path / "out"
+    finish(out)
+    data = (out / FIRST).read_bytes()
+    (out / FIRST).write_bytes(bytes(len(data)))
+    with pytest.raises(SinkError, match="bytes there, found others"):
+        begun(out)
 
 
 def test_fresh_discards_an_unfinished_run_of_any_job(tmp_path: Path) -> None:

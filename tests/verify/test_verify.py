@@ -238,6 +238,13 @@ def announce_activations(quantized: dict[str, Any]) -> None:
     quantized["config_groups"]["group_0"]["input_activations"] = {"num_bits": 4}
 
 
+def other_file(folder: Path) -> None:
+    """hf_quant_config.json announces FP8 beside a config.json that announces NVFP4."""
+    path = folder / "hf_quant_config.json"
+    path.write_text(path.read_text().replace("W4A16_NVFP4", "FP8"))
+    (folder / "mso_hub.json").unlink()
+
+
 CT16, CT4, MO16, MO4 = list(KINDS)[:4]
 FOUND: dict[str, tuple[str, Damage, str]] = {
     "a flipped bit": (CT16, flip_a_byte, r"model-00003-of-00003\.safetensors: its SHA-256 differs"),
@@ -289,6 +296,13 @@ FOUND: dict[str, tuple[str, Damage, str]] = {
         CT16, config(lambda c: c.update(ignore=5)), r"stored dense and not in ignore.*: model\.layers\.0\.mlp\.gate"),
     "a packed layer that contains an ignored name": (
         MO16, config(lambda c: c["ignore"].append("experts.2.up")), rf"stored packed: .*{MLP}\.up_proj"),
+    "an activation scale that is zero": (
+        CT4, change(f"{MLP}.down_proj.input_global_scale", torch.zeros_like),
+        rf"{MLP}\.down_proj: the activation scale must be finite and > 0"),
+    "activation scales that differ inside a unit": (
+        MO4, change(f"{MLP}.up_proj.input_scale", lambda t: t * 3), "engines keep one activation scale"),
+    "ModelOpt's file with another algorithm": (
+        MO16, other_file, r"hf_quant_config\.json: quant_algo differs from quant_algo of config\.json"),
     "announced input scales that are missing": (
         CT16, config(announce_activations), "input scales are announced and missing"),
     "input scales that were lost": (CT4, drop_input_scales, "input scales are announced and missing"),

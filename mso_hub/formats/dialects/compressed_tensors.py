@@ -65,7 +65,7 @@ def nvfp4_config(ignore: Iterable[str], *, activations: bool) -> dict[str, Any]:
 def _matches(target: str, module: str) -> bool:
     try:
         return target.startswith("re:") and re.match(target[3:], module) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"config.json: the target {target!r} of quantization_config is not a regular expression: {error}; "
             "restore the config.json that belongs to these weights"
