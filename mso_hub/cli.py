@@ -6,6 +6,7 @@ Every option has an underscore and a dash form. Errors end with exit code 2 and 
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import sys
@@ -62,6 +63,8 @@ class Program(click.Group):
             click.echo(f"mso-hub: {error}", err=True)
             ctx.exit(2)
         except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # `| head`: click ends quietly
             click.echo(f"mso-hub: {error}; check the path, its permissions and the disk behind it", err=True)
             ctx.exit(2)
         except MemoryError:
