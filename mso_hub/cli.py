@@ -42,6 +42,7 @@ def several(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
     """Decorators in reading order as one."""
 
     def apply(command: Command) -> Command:
+        """The innermost decorator is the last one."""
         for decorator in reversed(decorators):
             command = decorator(command)
         return command

@@ -13,11 +13,10 @@ import json
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
-from mso_hub.checkpoint import TensorInfo
 from mso_hub.engine import ThreadEngine, write_pieces
 from mso_hub.errors import CheckpointError, RecipeError
 from mso_hub.events import Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
-from mso_hub.formats.weight import read_rows
+from mso_hub.formats.packed_int import shape_reader
 from mso_hub.plan import Plan, Recipe, plan_checkpoint
 from mso_hub.sink import Sink, open_sink
 from mso_hub.source import Source, open_source, read_checkpoint
@@ -76,11 +75,7 @@ def make_plan(source: str | Path | Source, recipe: Recipe) -> Plan:
     """The plan for a source, from its headers (and weight_shape tensors where shapes leave K open)."""
     opened = open_source(source) if isinstance(source, str | Path) else source
 
-    def read_shape(info: TensorInfo) -> tuple[int, int]:
-        rows, columns = read_rows(opened.read, info).reshape(-1).tolist()
-        return rows, columns
-
-    return plan_checkpoint(read_checkpoint(opened), recipe, read_shape)
+    return plan_checkpoint(read_checkpoint(opened), recipe, shape_reader(opened.read))
 
 
 def _opened(source: str | Path | Source, sink: str | Path | Sink) -> tuple[Source, Sink]:

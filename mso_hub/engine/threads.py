@@ -52,7 +52,7 @@ class Piece:
     done: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Loaded:
     """A step's blocks in memory, or (values None) only the promise to read them again."""
 

@@ -15,10 +15,21 @@ from typing import Any
 
 from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.errors import CheckpointError, PlanError
-from mso_hub.formats.weight import FLOAT_DTYPES
+from mso_hub.formats.weight import FLOAT_DTYPES, Reader, read_rows
 
 ReadShape = Callable[[TensorInfo], tuple[int, int]]
 """Reads a weight_shape tensor: two integers."""
+
+
+def shape_reader(read: Reader) -> ReadShape:
+    """Reads weight_shape tensors of either dtype, I32 or I64, through Source.read."""
+
+    def read_shape(info: TensorInfo) -> tuple[int, int]:
+        """[N, K] as stored."""
+        rows, columns = read_rows(read, info).reshape(-1).tolist()
+        return rows, columns
+
+    return read_shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ def _chooser(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Callable[[Weigh
     layers = _layers(config)
 
     def reason(weight: Weight) -> str | None:
+        """Why the weight stays, None when it is chosen."""
         module = weight.module
         if (pattern := ignore.find(module)) is not None:
             return f"ignore {pattern}"

@@ -41,6 +41,7 @@ class LocalSource:
         """
 
         def refuse(error: OSError) -> None:
+            """A folder that cannot be listed would be missing from the output."""
             raise CheckpointError(f"{error.filename}: cannot be listed: {error.strerror}") from error
 
         found: dict[str, int] = {}

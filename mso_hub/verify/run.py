@@ -19,6 +19,7 @@ from mso_hub.events import Listener, TensorDone, ignore
 from mso_hub.formats.detect import quantization_configs, read_weights
 from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.packed_int import shape_reader
 from mso_hub.formats.weight import FLOAT_DTYPES, Reader, Weight, read_rows
 from mso_hub.plan.experts import is_fused_experts, split_experts
 from mso_hub.plan.fusion import unit_of, units
@@ -52,14 +53,10 @@ def open_weights(where: str | Path | Source) -> Opened:
     source = open_source(where) if isinstance(where, str | Path) else where
     checkpoint = read_checkpoint(source)
 
-    def read_shape(info: TensorInfo) -> tuple[int, int]:
-        rows, columns = read_rows(source.read, info).reshape(-1).tolist()
-        return rows, columns
-
     found: dict[str, Weight] = {}
     runtime: list[str] = []
     for group in checkpoint.groups:
-        weights, dropped = read_weights(group.tensors, checkpoint.config, read_shape, "BF16")
+        weights, dropped = read_weights(group.tensors, checkpoint.config, shape_reader(source.read), "BF16")
         # Two indices may hold the same names; each weight is then known with its index before its name.
         found.update((w.name if w.name not in found else f"{group.index}: {w.name}", w) for w in weights)
         runtime += dropped
