@@ -37,6 +37,7 @@ pytest: $(DEV)  ## the test suite alone
 
 bench: $(CORE) $(if $(filter 1,$(BENCH_PEERS)),$(DEV) $(PEERS)/.installed)  ## measure start-up and speed; BENCH_PEERS=1 first installs llm-compressor (in .venv-llmcompressor) and ModelOpt, and measures them too
 	$(BIN)/python -m tests.benchmarks.bench_startup
+	$(BIN)/python -m tests.benchmarks.bench_error
 	$(BIN)/python -m tests.benchmarks.bench_convert --size-gb $(BENCH_GB) $(if $(filter 1,$(BENCH_PEERS)),--modelopt)
 
 format: $(DEV)  ## let ruff rewrite the sources
