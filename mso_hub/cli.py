@@ -222,8 +222,8 @@ def quantize(calibrate: bool, calib_size: int | None, calib_dataset: str | None,
     """Quantize a checkpoint, tensor by tensor."""
     if calibrate or calib_size or calib_dataset:
         raise RecipeError(
-            "--calibrate: this version does not run the model; --input_scale 1.0 needs no calibration and costs NVFP4 "
-            "no accuracy worth measuring, --input_scale DIR takes the scales of a calibrated checkpoint"
+            "--calibrate: this version does not run the model; --input_scale 1.0 needs no calibration, "
+            "--input_scale DIR takes the scales of a calibrated checkpoint"
         )
     execute(options, build_recipe(options))
 

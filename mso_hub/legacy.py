@@ -68,7 +68,7 @@ class StreamingQuantizer:
         if calibrate:
             raise RecipeError(
                 f"calibrate with {calib_size} samples of {calib_dataset}: this version does not run the model; pass "
-                "input_scale=1.0, which costs NVFP4 no accuracy worth measuring, or a calibrated checkpoint's scales"
+                "input_scale=1.0, which needs no calibration, or a calibrated checkpoint's scales"
             )
         self.input_dir, self.output_dir = Path(input_dir), Path(output_dir)
         self.recipe = Recipe(

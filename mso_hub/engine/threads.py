@@ -85,7 +85,7 @@ class ThreadEngine:
     """Runs shard plans on this machine's processors.
 
     workers  threads
-    memory   bytes of source data held at once; a unit above half of it is read twice instead of kept
+    memory   bytes of numbers held at once; a unit above half of it is read twice instead of kept
     """
 
     def __init__(self, workers: int | None = None, memory: int = MEMORY) -> None:
@@ -99,7 +99,7 @@ class ThreadEngine:
 
         read   Source.read
         notes  amax of units whose members lie in several shards, kept for the other shards and for a resumed run
-        Raises NonFiniteError for NaN or Inf in a weight that is encoded.
+        Raises NonFiniteError for NaN or Inf in a weight that is encoded or decoded.
         """
         with ThreadPoolExecutor(self.workers, thread_name_prefix="mso") as pool:
             run = _Run(plan, read, notes, pool, self.workers, self.memory)

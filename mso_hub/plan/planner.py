@@ -271,22 +271,24 @@ def _group_shards(part: _GroupPlan, checkpoint: Checkpoint, form: Format | None)
     return shards
 
 
-def _config(checkpoint: Checkpoint, recipe: Recipe, form: Format | None, parts: Sequence[_GroupPlan]) -> dict[str, Any]:
-    """config.json of the output, and its ignore list inside."""
+def _configs(
+    checkpoint: Checkpoint, recipe: Recipe, form: Format | None, parts: Sequence[_GroupPlan]
+) -> dict[str, dict[str, Any]]:
+    """config.json of the output and the layout's own JSON files, with one ignore list in all of them."""
     config = without_quantization(parts[0].config)
-    if form is None and any(part.packed for part in parts):
-        config = with_dtype(config, recipe.dtype)
-    if form is not None:
-        if not config:
-            raise PlanError(f"{checkpoint.name}: a quantized model needs its config.json, there is none; add it")
-        activations = recipe.input_scale is not None or bool(recipe.input_scales)
-        config["quantization_config"] = form.config(_ignore(parts), activations=activations)
-    return config
-
-
-def _ignore(parts: Sequence[_GroupPlan]) -> list[str]:
+    if form is None:
+        if any(part.packed for part in parts):
+            config = with_dtype(config, recipe.dtype)
+        return {"config.json": config} if config else {}
+    if not config:
+        raise PlanError(f"{checkpoint.name}: a quantized model needs its config.json, there is none; add it")
     kept = {m: entry for part in parts for m, entry in part.selection.kept.items()}
-    return ignore_list(kept, [w.module for part in parts for w in part.selection.chosen])
+    chosen = [w.module for part in parts for w in part.selection.chosen]
+    ignore = ignore_list(kept, chosen)
+    if recipe.layout == "modelopt":
+        check_substrings(ignore, chosen)
+    config["quantization_config"] = form.config(ignore, activations=recipe.activations)
+    return {"config.json": config, **form.extra_files(ignore, activations=recipe.activations)}
 
 
 def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShape) -> Plan:
@@ -304,15 +306,8 @@ def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShap
     if form is None and not recipe.text_only and not any(part.packed for part in parts):
         stale = " (its quantization_config is stale)" if quantization_configs(checkpoint.config) else ""
         _raise_problems(checkpoint.name, [f"every weight is dense already{stale}; there is nothing to decompress"])
-    config = _config(checkpoint, recipe, form, parts)
-    files = {"config.json": _json(config)} if config else {}
-    if form is not None:
-        ignore = _ignore(parts)
-        if recipe.layout == "modelopt":
-            check_substrings(ignore, chosen)
-        activations = recipe.input_scale is not None or bool(recipe.input_scales)
-        extra = form.extra_files(ignore, activations=activations)
-        files |= {name: _json(content) for name, content in extra.items()}
+    configs = _configs(checkpoint, recipe, form, parts)
+    files = {name: _json(content) for name, content in configs.items()}
     by_group = [_group_shards(part, checkpoint, form) for part in parts]
     for group, members in zip(checkpoint.groups, by_group, strict=True):
         files |= _index(group, members)
@@ -327,7 +322,7 @@ def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShap
         units={key: members for part in parts for key, members in part.selection.units.items()},
         kept={module: why for part in parts for module, (_, why) in part.selection.kept.items()},
         dropped=tuple(name for part in parts for name in part.dropped),
-        config=config,
+        config=configs.get("config.json", {}),
         files=files,
         carried=carried,
         behind=behind,

@@ -88,6 +88,11 @@ class Recipe:
     dtype: str = "BF16"
     text_only: bool = False
 
+    @property
+    def activations(self) -> bool:
+        """Are activations quantized too (W4A4)?"""
+        return self.input_scale is not None or bool(self.input_scales)
+
     def __post_init__(self) -> None:
         """Refuse unknown words here, so that no later stage has to."""
         for name, value, known in (

@@ -273,6 +273,8 @@ class LocalSink:
             for folder in {path.parent for path in self.staging.rglob("*")}:
                 _sync_folder(folder)
             if self._fresh and self._target.exists():  # begin() made sure that it is ours or empty
+                if self._retired.exists():  # a run that ended between its renames and its clearing up
+                    shutil.rmtree(self._retired)
                 self._target.rename(self._retired)
             self.staging.rename(self._target)
             _sync_folder(self._target.parent)

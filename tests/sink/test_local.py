@@ -641,3 +641,14 @@ def test_a_mount_point_is_refused_before_the_work_and_not_after_it(tmp_path: Pat
             begun(disk)
         finish(disk / "inside")
         assert (disk / "inside" / EMPTY).read_bytes() == b""
+
+
+def test_a_replaced_folder_that_was_left_behind_is_cleared(tmp_path: Path) -> None:
+    """A run that ended between its two renames leaves the old output hidden; the next --fresh goes on."""
+    out = tmp_path / "out"
+    finish(out, OTHER_JOB)
+    (tmp_path / ".out.mso-old").mkdir()
+    (tmp_path / ".out.mso-old" / "config.json").write_text("{}")
+    finish(out, fresh=True)
+    assert json.loads((out / "mso_hub.json").read_text())["job"] == JOB
+    assert not list(tmp_path.glob(".out*"))

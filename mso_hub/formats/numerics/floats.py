@@ -147,13 +147,6 @@ E4M3 = _e4m3_values()
 
 
 @kernel
-def e4m3_to_f32(code: int) -> np.float32:
-    """Value of one E4M3 code (0..255); NaN for 0x7f and 0xff."""
-    value: np.float32 = E4M3[code]
-    return value
-
-
-@kernel
 def e4m3_from_f32(value: np.float32) -> int:
     """E4M3 code (0..255) of one float32: nearest, ties to even, saturating at +-448; NaN is 0x7f.
 
