@@ -13,6 +13,7 @@
     2     source      folder -> headers, tensors
     2     formats     tensors -> tensors (the only arithmetic)
     2     sink        files -> folder, visible all at once
+    1     hub         the one adapter to huggingface_hub and hf_xet
     1     checkpoint  TensorInfo, Checkpoint, safetensors header bytes
     0     events      what happened, for whoever listens
     0     errors      one exception tree

@@ -6,6 +6,8 @@ MsoError               anything this package refuses to do; the CLI prints it an
 |-- PlanError          the settings do not fit this checkpoint; nothing was written
 |-- NonFiniteError     a weight holds NaN or Inf
 |-- SinkError          the output cannot be written: permission, space, something in the way
+|-- HubError           the Hub refuses: no such repo, no permission, a file that is not what it says
+|   `-- TransientError the Hub or the network failed for long; the same command may succeed later (exit code 3)
 |-- ResumeError        an unfinished run lies there that this one must not continue
 `-- VerifyError        a finished checkpoint does not hold what it promises
 """
@@ -35,6 +37,14 @@ class NonFiniteError(MsoError, ValueError):
 
 class SinkError(MsoError, OSError):
     """The output cannot be written."""
+
+
+class HubError(MsoError, OSError):
+    """The Hub refuses a request, or holds something else than it announces."""
+
+
+class TransientError(HubError):
+    """The Hub or the network did not answer for as long as we wait; what is complete is kept."""
 
 
 class ResumeError(MsoError):

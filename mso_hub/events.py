@@ -53,6 +53,15 @@ class Published(Event):
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting(Event):
+    """The Hub is busy or gone: another try at `what` after `seconds`, because of `why`."""
+
+    what: str
+    seconds: float
+    why: str
+
+
 Listener = Callable[[Event], None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from mso_hub.errors import CheckpointError
 from mso_hub.source.local import LocalSource
 from mso_hub.source.memory import MemorySource
+from mso_hub.source.reads import Job, Range
 from mso_hub.source.scan import read_checkpoint
 
-__all__ = ["LocalSource", "MemorySource", "Source", "open_source", "read_checkpoint"]
+__all__ = ["Job", "LocalSource", "MemorySource", "Range", "Source", "open_source", "read_checkpoint"]
 
 
 class Source(Protocol):
@@ -35,6 +37,18 @@ class Source(Protocol):
 
     def stamp(self, file: str) -> str:
         """Changes when the file's content changes: a commit hash, an object id, or size and time of change."""
+
+    def sha256(self, file: str) -> str | None:
+        """SHA-256 in hex that the repo itself vouches for; None where only reading the file tells."""
+
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """What will be read, so that a distant repo can be read ahead of time; other reads stay possible."""
+
+    def settle(self, job: str) -> None:
+        """All reads of an announced job were made: CheckpointError when any of them was not what the repo holds."""
+
+    def close(self) -> None:
+        """Stop reading ahead, let connections go; may be called at any time, and more than once."""
 
 
 def open_source(where: str | Path) -> Source:

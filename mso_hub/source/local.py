@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mso_hub.errors import CheckpointError
+from mso_hub.source.reads import Job
 
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
 
@@ -65,6 +67,18 @@ class LocalSource:
         """Size and time of change."""
         status = (self._folder / file).stat()
         return f"{status.st_size}:{status.st_mtime_ns}"
+
+    def sha256(self, file: str) -> str | None:
+        """None: only reading tells."""
+
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """Nothing to prepare: a read costs no round trip."""
+
+    def settle(self, job: str) -> None:
+        """Nothing to check: what was read is what is there."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     def read(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of `file`."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mso_hub.errors import CheckpointError
+from mso_hub.source.reads import Job
 
 
 class MemorySource:
@@ -37,6 +38,18 @@ class MemorySource:
     def stamp(self, file: str) -> str:
         """SHA-256 of the content."""
         return hashlib.sha256(self._files[file]).hexdigest()
+
+    def sha256(self, file: str) -> str | None:
+        """None: only reading tells."""
+
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """Nothing to prepare: a read costs no round trip."""
+
+    def settle(self, job: str) -> None:
+        """Nothing to check: what was read is what is there."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     def read(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of `file`."""

@@ -1,0 +1,12 @@
+"""The one adapter to huggingface_hub and hf_xet: addresses, tokens, retries, streams in both directions, one commit.
+
+No other room imports those two packages; `devhub` is the other end of the wire, for demos and tests.
+"""
+
+from __future__ import annotations
+
+from mso_hub.hub.address import Address, is_address, parse_address
+from mso_hub.hub.client import Client, Patience
+from mso_hub.hub.repository import RemoteFile, Snapshot, take_snapshot
+
+__all__ = ["Address", "Client", "Patience", "RemoteFile", "Snapshot", "is_address", "parse_address", "take_snapshot"]

@@ -1,0 +1,63 @@
+"""A repo at one commit: what it holds, from the API, without touching a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mso_hub.hub.address import Address
+from mso_hub.hub.client import Client
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repo at one commit.
+
+    path      in the repo
+    nbytes    size
+    blob_id   git object id; for LFS and Xet files that of the pointer
+    sha256    of the content in hex, for LFS and Xet files; None for small files in git
+    xet_hash  Xet storage knows the content by it; None in plain LFS and git
+    """
+
+    path: str
+    nbytes: int
+    blob_id: str
+    sha256: str | None = None
+    xet_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A repo pinned to one commit.
+
+    commit  40 hex digits; every later request names it, so that a moving branch cannot mix two states
+    """
+
+    address: Address
+    commit: str
+    files: Mapping[str, RemoteFile]
+
+
+def take_snapshot(client: Client, address: Address) -> Snapshot:
+    """Resolve the revision once and list all files; HubError for a repo that is missing, private, gated, disabled."""
+    from huggingface_hub.hf_api import RepoFile
+
+    what, repo = str(address), address.repo_id
+    info = client.attempt(lambda: client.api.model_info(repo, revision=address.revision), what=what)
+    # model_info shows the card of a gated repo to everyone; only this says whether its files may be read.
+    client.attempt(lambda: client.api.auth_check(repo), what=what)
+    commit = str(info.sha)
+
+    def listing() -> list[RepoFile]:
+        """The whole tree."""
+        entries = client.api.list_repo_tree(repo, recursive=True, revision=commit)
+        return [entry for entry in entries if isinstance(entry, RepoFile)]
+
+    files = {
+        entry.path: RemoteFile(
+            entry.path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None, entry.xet_hash
+        )
+        for entry in client.attempt(listing, what=what)
+    }
+    return Snapshot(address, commit, dict(sorted(files.items())))
