@@ -1,18 +1,20 @@
 """mso_hub: read a checkpoint tensor by tensor, change how its numbers are stored, write a checkpoint.
 
     rank  module      what enters -> what leaves
-    8     cli         argv -> one call below
-    7     demo        a small model -> there and back, every step shown
-    6     legacy      the prototype's two entry points -> convert()
-    6     display     plans and reports -> text
-    6     progress    events -> a bar or JSON lines
-    5     pipeline    START HERE: convert() = source -> plan -> engine -> sink
-    5     verify      finished repo -> report
+    9     cli         argv -> one call below
+    8     demo        a small model -> there and back, every step shown
+    7     legacy      the prototype's two entry points -> convert()
+    7     display     plans and reports -> text
+    7     progress    events -> a bar or JSON lines
+    7     recard      finished repo -> its model card
+    6     pipeline    START HERE: convert() = source -> plan -> engine -> sink
+    6     verify      finished repo -> report
+    5     card        plan + measured errors -> README.md
     4     engine      shard plans -> finished pieces in order
     3     plan        headers + recipe -> exact output layout (no weight is read)
-    2     source      folder -> headers, tensors
+    2     source      folder or Hub -> headers, tensors
     2     formats     tensors -> tensors (the only arithmetic)
-    2     sink        files -> folder, visible all at once
+    2     sink        files -> folder or Hub, visible all at once
     1     hub         the one adapter to huggingface_hub and hf_xet
     1     checkpoint  TensorInfo, Checkpoint, safetensors header bytes
     0     events      what happened, for whoever listens

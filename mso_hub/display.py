@@ -10,18 +10,10 @@ from mso_hub.checkpoint import Checkpoint
 from mso_hub.formats import DENSE, FORMATS, READABLE
 from mso_hub.formats.detect import quantization_configs
 from mso_hub.plan import Plan
+from mso_hub.plan.summary import changes, kind_of, size
 from mso_hub.verify import Comparison, Report
 
 SHOWN = 12
-
-
-def size(nbytes: float) -> str:
-    """1536 -> `1.5 KB`, decimal units."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def table(rows: Iterable[Sequence[object]], heads: Sequence[str]) -> str:
@@ -34,11 +26,6 @@ def table(rows: Iterable[Sequence[object]], heads: Sequence[str]) -> str:
         for row in cells
     ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
-
-
-def _leaf(module: str) -> str:
-    """`model.layers.3.mlp.experts.17.up_proj` -> `model.layers.N.mlp.experts.N.up_proj`."""
-    return ".".join("N" if part.isdigit() else part for part in module.split("."))
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
@@ -68,18 +55,8 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
 
 def _changed(plan: Plan) -> tuple[str, str]:
     """Table of what is encoded or decoded, by kind of module; and the one of what stays."""
-    changed: dict[tuple[str, str], list[int]] = {}
-    for step in (step for shard in plan.shards for step in shard.steps):
-        weight = step.weight
-        if step.unit is None and weight.decoder is None:
-            continue
-        becomes = plan.recipe.scheme if step.unit else step.outputs[0].dtype
-        row = changed.setdefault((_leaf(weight.module), becomes), [0, 0, 0])
-        row[0] += 1
-        row[1] += weight.nbytes
-        row[2] += sum(info.nbytes for info in step.outputs)
-    rows = [(name, becomes, n, size(a), size(b)) for (name, becomes), (n, a, b) in sorted(changed.items())]
-    kept = Counter((_leaf(module), why) for module, why in plan.kept.items() if why != "not a linear layer's weight")
+    rows = [(c.kind, c.becomes, c.count, size(c.before), size(c.after)) for c in changes(plan)]
+    kept = Counter((kind_of(module), why) for module, why in plan.kept.items() if why != "not a linear layer's weight")
     stays = [(name, n, why) for (name, why), n in sorted(kept.items())]
     more = [(f"and {len(stays) - 40} more kinds", "", "--json lists them all")] if len(stays) > 40 else []
     return (
@@ -91,7 +68,7 @@ def _changed(plan: Plan) -> tuple[str, str]:
 def plan_text(plan: Plan) -> str:
     """What `mso-hub plan` prints."""
     changed, stays = _changed(plan)
-    fused = Counter(_leaf(key) for key, members in plan.units.items() if len(members) > 1)
+    fused = Counter(kind_of(key) for key, members in plan.units.items() if len(members) > 1)
     ratio = plan.write_bytes / max(1, plan.read_bytes)
     blocks = [
         f"{plan.source} -> {plan.recipe.scheme} ({plan.recipe.layout})",
@@ -110,7 +87,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def _members(plan: Plan, leaf: str) -> Iterable[Any]:
-    return next(members for key, members in plan.units.items() if _leaf(key) == leaf and len(members) > 1)
+    return next(members for key, members in plan.units.items() if kind_of(key) == leaf and len(members) > 1)
 
 
 def inspect_dict(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -163,7 +140,7 @@ def report_text(report: Report) -> str:
     if report.errors:
         kinds: dict[tuple[str, str], list[float]] = {}
         for error in report.errors:
-            kinds.setdefault((_leaf(error.name), error.stored), []).append(error.nmse)
+            kinds.setdefault((kind_of(error.name), error.stored), []).append(error.nmse)
         rows = [
             (name, stored, len(v), f"{100 * sum(v) / len(v):.4f} %", f"{100 * max(v):.4f} %")
             for (name, stored), v in sorted(kinds.items())

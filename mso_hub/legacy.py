@@ -31,7 +31,7 @@ def check_block_size(block_size: int) -> None:
 class StreamingQuantizer:
     """Quantize a folder into another folder.
 
-    input_dir, output_dir  folders
+    input_dir, output_dir  folders, or `hf://org/name`
     format                 key of FORMATS
     mlp_only               True: feed-forward layers and experts; False: every linear layer
     exclude_config         config of a reference model (file or folder) whose exclude list is honoured
@@ -70,7 +70,7 @@ class StreamingQuantizer:
                 f"calibrate with {calib_size} samples of {calib_dataset}: this version does not run the model; pass "
                 "input_scale=1.0, which needs no calibration, or a calibrated checkpoint's scales"
             )
-        self.input_dir, self.output_dir = Path(input_dir), Path(output_dir)
+        self.input_dir, self.output_dir = input_dir, output_dir
         self.recipe = Recipe(
             scheme=format,
             layout=layout,

@@ -9,17 +9,21 @@ sink.commit       everything becomes visible at once
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from mso_hub.card import CARD, note_errors, write_card
 from mso_hub.engine import ThreadEngine, write_pieces
 from mso_hub.errors import CheckpointError, RecipeError
 from mso_hub.events import Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
 from mso_hub.formats.packed_int import shape_reader
-from mso_hub.plan import Plan, Recipe, plan_checkpoint
-from mso_hub.sink import Sink, open_sink
-from mso_hub.source import Source, open_source, read_checkpoint
+from mso_hub.plan import Plan, Recipe, ShardPlan, plan_checkpoint
+from mso_hub.sink import Entry, Sink, open_sink
+from mso_hub.source import Job, Range, Source, open_source, read_checkpoint
 
 COPY_BLOCK = 8 << 20
 
@@ -30,42 +34,41 @@ def convert(
     recipe: Recipe,
     *,
     engine: ThreadEngine | None = None,
+    card: bool = False,
+    base_model: str | None = None,
     on_event: Listener = ignore,
 ) -> Plan:
     """Write the checkpoint at `source` to `sink` as the recipe says; continues an unfinished run of the same job.
 
-    source, sink  folders, or objects that speak the protocols
+    source, sink  folders, `hf://org/name@revision`, or objects that speak the protocols
     engine        threads and memory; by default all processors and 448 MiB of weights in flight
+    card          write a model card in place of the source's README.md
+    base_model    repo id for the card, where the source does not tell
     Raises MsoError (see errors.py); nothing is visible at the sink unless this returns.
     """
-    source, sink = _opened(source, sink)
-    stamps = {name: source.stamp(name) for name in source.files()}
-    plan = make_plan(source, recipe)
-    sizes = plan.sizes(source.files())
-    sink.begin(plan.job, sizes)
+    source, sink = _opened(source, sink, on_event)
+    engine = engine or ThreadEngine()
     try:
-        on_event(PlanReady(plan.read_bytes, plan.write_bytes, len(plan.shards)))
-        done = set(sink.entries)
-        for shard in (s for s in plan.shards if s.name in done):
-            on_event(ShardResumed(shard.name, shard.read_bytes))
-        pieces = (engine or ThreadEngine()).run(
-            plan, (s for s in plan.shards if s.name not in done), source.read, _Notes(sink)
-        )
-        for piece in write_pieces(pieces, sink):
-            if piece.done:
-                on_event(TensorDone(piece.step.weight.name, piece.step.weight.nbytes))
-            if piece.done and piece.step is piece.shard.steps[-1]:
-                entry = sink.entries[piece.shard.name]
-                on_event(ShardDone(piece.shard.name, entry.nbytes, entry.sha256))
-        for name in (n for n in sizes if n not in sink.entries):
-            with sink.open(name, sizes[name]) as file:
-                for data in _content(plan, source, name, sizes[name]):
-                    file.write(data)
-        for name, stamp in stamps.items():
-            if source.stamp(name) != stamp:
-                raise CheckpointError(f"{source.name}/{name}: changed while it was read; run it again with --fresh")
-        sink.commit(_manifest(plan, sink))
+        stamps = {name: source.stamp(name) for name in source.files()}
+        plan = make_plan(source, recipe)
+        sizes = {n: size for n, size in plan.sizes(source.files()).items() if not (card and n == CARD)}
+        sink.begin(plan.job, sizes)
+        progress = _Progress(plan, sink, on_event)
+        work = _Work(plan, source, sink, sizes)
+        source.expect(work.jobs(engine))
+        pieces = engine.run(plan, work.shards, source.read, _Notes(sink), once=source.distant, measure=card)
+        for piece in write_pieces(note_errors(pieces, sink.note), sink, source.settle):
+            progress.tensor(piece.step.weight.name, piece.step.weight.nbytes, done=piece.done)
+        for name in work.files:
+            work.copy(name)
+            progress.file(name)
+        _require_unchanged(source, stamps)
+        sink.wait()
+        progress.stored()
+        closing = {CARD: write_card(plan, source, sink, base_model)} if card else {}
+        sink.commit(_manifest(plan, source, {**sink.entries, **_digests(closing)}), closing)
     finally:
+        source.close()
         sink.close()
     on_event(Published(sink.name, sum(sizes.values())))
     return plan
@@ -74,15 +77,18 @@ def convert(
 def make_plan(source: str | Path | Source, recipe: Recipe) -> Plan:
     """The plan for a source, from its headers (and weight_shape tensors where shapes leave K open)."""
     opened = open_source(source) if isinstance(source, str | Path) else source
+    try:
+        return plan_checkpoint(read_checkpoint(opened), recipe, shape_reader(opened.read))
+    finally:
+        if opened is not source:
+            opened.close()
 
-    return plan_checkpoint(read_checkpoint(opened), recipe, shape_reader(opened.read))
 
-
-def _opened(source: str | Path | Source, sink: str | Path | Sink) -> tuple[Source, Sink]:
+def _opened(source: str | Path | Source, sink: str | Path | Sink, on_event: Listener) -> tuple[Source, Sink]:
     """Backends for both ends; folders that contain one another are refused."""
-    opened = open_source(source) if isinstance(source, str | Path) else source
+    opened = open_source(source, on_event=on_event) if isinstance(source, str | Path) else source
     if isinstance(sink, str | Path):
-        sink = open_sink(sink)
+        sink = open_sink(sink, on_event=on_event)
     if opened.path is not None and sink.path is not None:
         inside, outside = opened.path.resolve(), sink.path.resolve()
         if inside == outside or inside in outside.parents or outside in inside.parents:
@@ -93,21 +99,102 @@ def _opened(source: str | Path | Source, sink: str | Path | Sink) -> tuple[Sourc
     return opened, sink
 
 
-def _content(plan: Plan, source: Source, name: str, nbytes: int) -> Iterator[bytes]:
-    """A text file of the plan, or a carried file block by block."""
-    if name in plan.files:
-        yield plan.files[name]
-        return
-    for begin in range(0, nbytes, COPY_BLOCK):
-        yield source.read(name, begin, min(begin + COPY_BLOCK, nbytes)).tobytes()
+class _Work:
+    """What is left to do after `sink.begin`: shards for the engine, files to copy.
+
+    shards  plans of the shards that no earlier run completed
+    files   files to copy or to write, in this order; those that the Hub copied by itself are done already
+    """
+
+    def __init__(self, plan: Plan, source: Source, sink: Sink, sizes: Mapping[str, int]) -> None:
+        self._plan, self._source, self._sink, self._sizes = plan, source, sink, sizes
+        done = set(sink.entries)
+        self.shards = [s for s in plan.shards if s.original is None and s.name not in done]
+        worked = {s.name for s in self.shards}
+        left = [name for name in sizes if name not in done and name not in worked]
+        self.files = [name for name in left if not self._copied_there(name)]
+
+    def _copied_there(self, name: str) -> bool:
+        """Did the Hub copy the file from repo to repo?"""
+        remote = self._source.remote(name) if name not in self._plan.files else None
+        origin = self._source.origin
+        return remote is not None and origin is not None and self._sink.copy(name, origin, remote)
+
+    def jobs(self, engine: ThreadEngine) -> list[Job]:
+        """Every read to come."""
+        once = self._source.distant
+        shards = [Job(s.name, partial(engine.reads, s, once=once)) for s in self.shards]
+        return shards + [Job(n, partial(self._blocks, n)) for n in self.files if n not in self._plan.files]
+
+    def _blocks(self, name: str) -> list[Range]:
+        size = self._sizes[name]
+        return [(name, begin, min(begin + COPY_BLOCK, size)) for begin in range(0, size, COPY_BLOCK)]
+
+    def copy(self, name: str) -> None:
+        """Write a text file of the plan, or a file of the source block by block."""
+        with self._sink.open(name, self._sizes[name]) as file:
+            if name in self._plan.files:
+                file.write(self._plan.files[name])
+                return
+            for block in self._blocks(name):
+                file.write(self._source.read(*block))
+            self._source.settle(name)
 
 
-def _manifest(plan: Plan, sink: Sink) -> bytes:
-    """mso_hub.json: which job made the output, and the SHA-256 of each file."""
-    files = {n: {"nbytes": e.nbytes, "sha256": e.sha256} for n, e in sorted(sink.entries.items())}
+class _Progress:
+    """Events of a run, from what was written and from what the sink says is stored."""
+
+    def __init__(self, plan: Plan, sink: Sink, on_event: Listener) -> None:
+        self._sink, self._on_event = sink, on_event
+        self._waiting = {shard.name: shard for shard in plan.shards}
+        on_event(PlanReady(plan.read_bytes, plan.write_bytes, len(plan.shards)))
+        for name in [n for n in self._waiting if n in sink.entries]:
+            on_event(ShardResumed(name, self._waiting.pop(name).read_bytes))
+
+    def tensor(self, name: str, nbytes: int, *, done: bool) -> None:
+        """A piece is out; `done` when it was its weight's last."""
+        if done:
+            self._on_event(TensorDone(name, nbytes))
+        self.stored()
+
+    def file(self, name: str) -> None:
+        """A file was copied; its tensors went with it."""
+        shard = self._waiting.get(name)
+        if shard is not None:
+            self._tensors(shard)
+        self.stored()
+
+    def _tensors(self, shard: ShardPlan) -> None:
+        for step in shard.steps:
+            self._on_event(TensorDone(step.weight.name, step.weight.nbytes))
+
+    def stored(self) -> None:
+        """Report shards that the sink has by now."""
+        for name in [n for n in self._waiting if n in self._sink.entries]:
+            del self._waiting[name]
+            entry = self._sink.entries[name]
+            self._on_event(ShardDone(name, entry.nbytes, entry.sha256))
+
+
+def _require_unchanged(source: Source, stamps: Mapping[str, str]) -> None:
+    for name, stamp in stamps.items():
+        if source.stamp(name) != stamp:
+            raise CheckpointError(f"{source.name}/{name}: changed while it was read; run it again with --fresh")
+
+
+def _digests(files: Mapping[str, bytes]) -> dict[str, Entry]:
+    """Entries of files that are in memory."""
+    return {name: Entry(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+
+
+def _manifest(plan: Plan, source: Source, entries: Mapping[str, Entry]) -> bytes:
+    """mso_hub.json: which job made the output, from which commit, and the SHA-256 of each file."""
+    files = {n: {"nbytes": e.nbytes, "sha256": e.sha256} for n, e in sorted(entries.items())}
     recipe = plan.recipe
-    content = {"job": plan.job, "scheme": recipe.scheme, "layout": recipe.layout, "files": files}
-    return (json.dumps(content, indent=2) + "\n").encode()
+    content: dict[str, Any] = {"job": plan.job, "scheme": recipe.scheme, "layout": recipe.layout}
+    if source.origin is not None:
+        content |= {"source": source.origin.repo_id, "commit": source.origin.commit}
+    return (json.dumps({**content, "files": files}, indent=2) + "\n").encode()
 
 
 class _Notes(MutableMapping[str, float]):

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from mso_hub.engine.assemble import write_pieces
-from mso_hub.engine.threads import ThreadEngine
+from mso_hub.engine.threads import SAMPLE, Piece, ThreadEngine
 
-__all__ = ["ThreadEngine", "write_pieces"]
+__all__ = ["SAMPLE", "Piece", "ThreadEngine", "write_pieces"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
@@ -31,8 +31,8 @@ class _Files(Protocol):
 class _Assembler:
     """One shard at a time: appends what is next in the file, keeps what is not (scales behind their codes)."""
 
-    def __init__(self, files: _Files) -> None:
-        self._files = files
+    def __init__(self, files: _Files, settle: Callable[[str], None]) -> None:
+        self._files, self._settle = files, settle
         self._stack = ExitStack()
         self._shard: ShardPlan | None = None
         self._stash: dict[str, list[Array]] = {}
@@ -84,6 +84,8 @@ class _Assembler:
         if self._names:
             name, nbytes = self._names[0]
             raise MsoError(f"{name}: planned {nbytes:,} bytes, {self._written:,} came; please report this")
+        if self._shard is not None:
+            self._settle(self._shard.name)
         self._shard = None
         self._stack.close()
 
@@ -92,13 +94,16 @@ class _Assembler:
         self._stack.__exit__(*sys.exc_info())
 
 
-def write_pieces(pieces: Iterable[Piece], files: _Files) -> Iterator[Piece]:
-    """Write every piece and hand it on when its bytes are out (its shard synced, when it was the last).
+def write_pieces(
+    pieces: Iterable[Piece], files: _Files, settle: Callable[[str], None] = lambda _: None
+) -> Iterator[Piece]:
+    """Write every piece and hand it on when its bytes are out (its shard closed, when it was the last).
 
+    settle  called with a shard's name before the shard is closed; what it raises keeps the shard from counting
     Raises what the sink raises; then the shard in hand is given up and earlier ones stay complete. Either way, and
     when the caller closes this generator early, `pieces` is closed too.
     """
-    assembler = _Assembler(files)
+    assembler = _Assembler(files, settle)
     pending: deque[tuple[Piece, Future[None]]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="mso-write") as thread:
         try:

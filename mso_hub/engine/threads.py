@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +23,10 @@ import numpy as np
 
 from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.errors import MsoError, NonFiniteError
+from mso_hub.formats import Format
 from mso_hub.formats.weight import Reader, Weight
 from mso_hub.plan import Plan, ShardPlan, Step
+from mso_hub.source.reads import Range
 
 BLOCK = 8 << 20
 """Bytes of numbers per row block at most: large enough for the kernels, small against the budget."""
@@ -34,6 +36,9 @@ LEAST_BLOCK = 256 << 10
 MEMORY = 448 << 20
 """Default budget in bytes; half of it just holds gate_proj and up_proj of an 8B model."""
 
+SAMPLE = 1 << 18
+"""Numbers of a weight that are decoded again to measure what encoding did to them."""
+
 _NOTHING: Array = np.empty(0)
 
 Block = tuple[int, int]
@@ -42,14 +47,36 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
+class Distance:
+    """What encoding did to some numbers: sums of squared differences and of squares, largest difference (fp32)."""
+
+    error: float
+    energy: float
+    largest: float
+
+    @property
+    def nmse(self) -> float:
+        """Squared error over squared numbers."""
+        return self.error / self.energy if self.energy > 0 else 0.0
+
+
+_Encoded = tuple[tuple[Array, ...], Distance | None]
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes of one output tensor, to be appended to what came before; `done` marks the step's last piece."""
+    """Bytes of one output tensor, to be appended to what came before.
+
+    done      marks the step's last piece
+    distance  of the step's first SAMPLE numbers, once for each encoded step, where the run measures
+    """
 
     shard: ShardPlan
     step: Step
     info: TensorInfo
     data: Array
     done: bool = False
+    distance: Distance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,34 +120,62 @@ class ThreadEngine:
         self.memory = memory
 
     def run(
-        self, plan: Plan, shards: Iterable[ShardPlan], read: Reader, notes: MutableMapping[str, float]
-    ) -> Iterator[Piece]:
+        self, plan: Plan, shards: Iterable[ShardPlan], read: Reader, notes: MutableMapping[str, float], *,
+        once: bool = False, measure: bool = False,
+    ) -> Generator[Piece, None, None]:  # fmt: skip
         """All pieces of the shards, shard by shard, each output tensor front to back.
 
-        read   Source.read
-        notes  amax of units whose members lie in several shards, kept for the other shards and for a resumed run
+        read     Source.read
+        notes    amax of units whose members lie in several shards, kept for the other shards and for a resumed run
+        once     keep every unit in memory, also one above half the budget: reading it again would cost a download
+        measure  pieces tell what encoding did to a sample of each weight
         Raises NonFiniteError for NaN or Inf in a weight that is encoded or decoded.
         """
         with ThreadPoolExecutor(self.workers, thread_name_prefix="mso") as pool:
-            run = _Run(plan, read, notes, pool, self.workers, self.memory)
+            run = _Run(plan, read, notes, pool, self, once=once, measure=measure)
             try:
                 yield from run.pieces(shards)
             finally:
                 pool.shutdown(cancel_futures=True)
 
+    @property
+    def block(self) -> int:
+        """Bytes of numbers per row block."""
+        return min(BLOCK, max(LEAST_BLOCK, self.memory // (8 * self.workers)))
+
+    def keeps(self, steps: Sequence[Step], *, once: bool) -> bool:
+        """Do the numbers of a unit stay in memory between its amax and its encoding?"""
+        size = sum(step.weight.number_bytes for step in steps)
+        return steps[0].unit is not None and (once or size <= self.memory // 2)
+
+    def reads(self, shard: ShardPlan, *, once: bool = False) -> list[Range]:
+        """Every read that `run` makes for a shard, in its order; amax of members in other shards comes on top."""
+        found: list[Range] = []
+        for steps in _runs(shard):
+            passes = 1 if steps[0].unit is None or self.keeps(steps, once=once) else 2
+            for step in list(steps) * passes:
+                found += (r for block in step.weight.blocks(self.block) for r in step.weight.ranges(*block))
+        return found
+
+
+def _runs(shard: ShardPlan) -> list[list[Step]]:
+    """Steps of a shard, members of a unit together."""
+    return [list(steps) for _, steps in groupby(shard.steps, key=lambda s: s.unit or s.weight.name)]
+
 
 class _Run:
     def __init__(
         self, plan: Plan, read: Reader, notes: MutableMapping[str, float], pool: ThreadPoolExecutor,
-        workers: int, memory: int,
+        engine: ThreadEngine, *, once: bool, measure: bool,
     ) -> None:  # fmt: skip
-        self._plan, self._read, self._notes, self._pool, self._memory = plan, read, notes, pool, memory
-        self._width = 2 * workers + 1
-        self._block = min(BLOCK, max(LEAST_BLOCK, memory // (8 * workers)))
+        self._plan, self._read, self._notes, self._pool, self._engine = plan, read, notes, pool, engine
+        self._memory, self._once, self._measure = engine.memory, once, measure
+        self._width = 2 * engine.workers + 1
+        self._block = engine.block
 
     def pieces(self, shards: Iterable[ShardPlan]) -> Iterator[Piece]:
         """Encoded pieces in order; a few blocks stay queued so that no thread waits for the consumer."""
-        pending: deque[tuple[ShardPlan, Step, bool, float, Future[tuple[Array, ...]]]] = deque()
+        pending: deque[tuple[ShardPlan, Step, bool, float, Future[_Encoded]]] = deque()
         failed: list[Exception] = []
         for shard, loaded in _until_error(self._ahead(shards), failed):
             for at, block in enumerate(loaded.blocks):
@@ -138,29 +193,31 @@ class _Run:
             raise failed[0]
 
     def _hand_out(
-        self, shard: ShardPlan, step: Step, last: bool, amax: float, future: Future[tuple[Array, ...]]
+        self, shard: ShardPlan, step: Step, last: bool, amax: float, future: Future[_Encoded]
     ) -> Iterator[Piece]:
-        arrays = future.result()
+        arrays, distance = future.result()
         form = self._plan.format
         scalars = form.scalars(amax, step.input_scale) if last and step.unit is not None and form else ()
         row_wise = len(arrays)
         for at, data in enumerate((*arrays, *scalars)):
             if at < row_wise or last:
                 final = last and at + 1 == row_wise + len(scalars)
-                yield Piece(shard, step, step.outputs[at], data, final)
+                yield Piece(shard, step, step.outputs[at], data, final, None if at else distance)
 
-    def _finish(self, step: Step, block: Block, held: tuple[Array, str] | None, amax: float) -> tuple[Array, ...]:
+    def _finish(self, step: Step, block: Block, held: tuple[Array, str] | None, amax: float) -> _Encoded:
         """One block from stored bytes (or held numbers) to output rows."""
         weight = step.weight
         if step.unit is not None and self._plan.format is not None:
             values, dtype = held or weight.values(weight.load(self._read, *block), *block)
-            return self._plan.format.encode(values, dtype, amax)
+            arrays = self._plan.format.encode(values, dtype, amax)
+            measured = self._measure and block[0] == 0
+            return arrays, _distance(self._plan.format, values, dtype, arrays, amax) if measured else None
         loaded = weight.load(self._read, *block)
         if weight.decoder is None:
-            return (loaded["weight"],)
+            return (loaded["weight"],), None
         decoded = weight.decoder.decode(loaded, *block, weight.dtype)
         _require_finite(weight, decoded, weight.dtype, block[0])
-        return (decoded,)
+        return (decoded,), None
 
     def _ahead(self, shards: Iterable[ShardPlan]) -> Iterator[tuple[ShardPlan, _Loaded]]:
         """Steps in order, those to encode with their unit's amax and, where they fit, their numbers.
@@ -169,16 +226,13 @@ class _Run:
         """
         queue: deque[tuple[ShardPlan, list[Step], list[list[Future[tuple[Array, str, float]]]] | None]] = deque()
         held = 0
-        runs = [
-            (shard, list(steps)) for shard in shards
-            for _, steps in groupby(shard.steps, key=lambda s: s.unit or s.weight.name)
-        ]  # fmt: skip
+        runs = [(shard, steps) for shard in shards for steps in _runs(shard)]
         at = 0
         while at < len(runs) or queue:
             while at < len(runs):
                 shard, steps = runs[at]
                 size = sum(s.weight.number_bytes for s in steps)
-                keep = steps[0].unit is not None and size <= self._memory // 2
+                keep = self._engine.keeps(steps, once=self._once)
                 if queue and (len(queue) > self._width or (keep and held + size > self._memory // 2)):
                     break
                 queue.append((shard, steps, self._start(steps) if keep else None))
@@ -255,6 +309,19 @@ class _Run:
         for start, stop in weight.blocks(self._block):
             values, dtype = weight.values(weight.load(self._read, start, stop), start, stop)
             _require_finite(weight, values, dtype, start)
+
+
+def _distance(form: Format, values: Array, dtype: str, arrays: tuple[Array, ...], amax: float) -> Distance:
+    """Decode the first rows of an encoded block, SAMPLE numbers or one row, and compare."""
+    from mso_hub.formats.numerics.floats import widen
+
+    rows = max(1, SAMPLE // max(1, values.shape[1]))
+    before = widen(values[:rows], dtype)
+    after = form.decode(tuple(array[:rows] for array in arrays), amax)
+    difference = after - before
+    error = float(np.square(difference, dtype=np.float64).sum())
+    energy = float(np.square(before, dtype=np.float64).sum())
+    return Distance(error, energy, float(np.abs(difference).max(initial=0)))
 
 
 def _require_finite(weight: Weight, values: Array, dtype: str, first_row: int) -> None:

@@ -25,6 +25,9 @@ class Format(Protocol):
     def encode(self, values: Array, dtype: str, amax: float) -> tuple[Array, ...]:
         """A block of rows -> the same rows of each row-wise output."""
 
+    def decode(self, arrays: tuple[Array, ...], amax: float) -> Array:
+        """What `encode` made of a block of rows, as F32 again."""
+
     def scalars(self, amax: float, input_scale: float | None) -> tuple[Array, ...]:
         """The outputs that do not go by rows."""
 

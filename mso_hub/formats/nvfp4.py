@@ -73,6 +73,11 @@ class Nvfp4:
 
         return nvfp4.encode(values, dtype, self._global_scale(amax), search=self.search)
 
+    def decode(self, arrays: tuple[Array, ...], amax: float) -> Array:
+        """What `encode` made of some rows, as F32 [r, K] again."""
+        parts = {"codes": arrays[0], "scale": arrays[1], "global": self.scalars(amax, None)[0]}
+        return Nvfp4Decoder(self.layout, "").decode(parts, 0, len(arrays[0]), "F32")
+
     def _global_scale(self, amax: float) -> np.float32:
         """The unit's multiplier; 1.0 where its reciprocal, which compressed-tensors stores, would be infinite.
 

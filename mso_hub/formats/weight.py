@@ -95,13 +95,20 @@ class Weight:
         height = max(1, nbytes * rows // max(1, self.number_bytes) // max(1, step)) * max(1, step)
         return [(at, min(at + height, rows)) for at in range(0, rows, height)] or [(0, 0)]
 
+    def _part_rows(self, role: str, start: int, stop: int) -> tuple[int, int] | None:
+        return (start, stop) if self.decoder is None else self.decoder.part_rows(role, start, stop)
+
     def load(self, read: Reader, start: int, stop: int) -> dict[str, Array]:
         """Stored bytes of rows [start, stop), role -> array with the bits of the part's dtype."""
-        loaded = {}
-        for role, info in self.parts.items():
-            rows = (start, stop) if self.decoder is None else self.decoder.part_rows(role, start, stop)
-            loaded[role] = read_rows(read, info, rows)
-        return loaded
+        return {
+            role: read_rows(read, info, self._part_rows(role, start, stop)) for role, info in self.parts.items()
+        }
+
+    def ranges(self, start: int, stop: int) -> list[tuple[str, int, int]]:
+        """The reads that `load` makes for rows [start, stop)."""
+        return [
+            (info.file, *row_range(info, self._part_rows(role, start, stop))) for role, info in self.parts.items()
+        ]
 
     def values(self, loaded: Mapping[str, Array], start: int, stop: int) -> tuple[Array, str]:
         """Numbers of a loaded block and the dtype tag they carry: as stored when dense, else exact in F32."""
@@ -110,13 +117,19 @@ class Weight:
         return self.decoder.decode(loaded, start, stop, "F32"), "F32"
 
 
+def row_range(info: TensorInfo, rows: tuple[int, int] | None) -> tuple[int, int]:
+    """File offsets of a first-dimension range of a stored tensor; of all of it for None."""
+    if rows is None or not info.shape:
+        return info.begin, info.end
+    row = info.nbytes // max(1, info.shape[0])
+    return info.begin + rows[0] * row, info.begin + rows[1] * row
+
+
 def read_rows(read: Reader, info: TensorInfo, rows: tuple[int, int] | None = None) -> Array:
     """First-dimension range of a stored tensor as an array with the bits of its dtype; all of it for None."""
     shape = info.shape
-    begin, end = info.begin, info.end
+    begin, end = row_range(info, rows)
     if rows is not None and shape:
-        row = info.nbytes // max(1, shape[0])
-        begin, end = info.begin + rows[0] * row, info.begin + rows[1] * row
         shape = (rows[1] - rows[0], *shape[1:])
     return (
         read(info.file, begin, end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from mso_hub.errors import RecipeError
 
@@ -33,6 +34,11 @@ class Address:
 def is_address(where: str) -> bool:
     """Does this text name a place on the Hub? A folder never starts like that."""
     return where.startswith(PREFIXES)
+
+
+def looks_like_repo(where: str | Path) -> bool:
+    """Could this text be `org/name` without its `hf://`?"""
+    return REPO_ID.fullmatch(str(where)) is not None
 
 
 def parse_address(where: str) -> Address:

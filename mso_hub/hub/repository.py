@@ -28,6 +28,19 @@ class RemoteFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a source's files come from, for cards, manifests and copies within one Hub.
+
+    endpoint  of the Hub
+    commit    40 hex digits
+    """
+
+    endpoint: str
+    repo_id: str
+    commit: str
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """A repo pinned to one commit.
 

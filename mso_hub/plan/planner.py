@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mso_hub.checkpoint import DTYPE_BITS, Checkpoint, Group, TensorInfo, build_header
+from mso_hub.checkpoint import DTYPE_BITS, Checkpoint, Group, Shard, TensorInfo, build_header
 from mso_hub.errors import PlanError, RecipeError
 from mso_hub.formats import DENSE, FORMATS, Format
 from mso_hub.formats.detect import quantization_configs, read_weights, with_dtype, without_quantization
@@ -47,16 +47,23 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One output file: its header bytes, its tensors in file order, and the steps that fill it in that order."""
+    """One output file: its header bytes, its tensors in file order, and the steps that fill it in that order.
+
+    original  size of the source's file of this name when nothing in it changes: the file itself is copied, and
+              `header` is empty; None otherwise
+    """
 
     name: str
     header: bytes
     tensors: tuple[TensorInfo, ...]
     steps: tuple[Step, ...]
+    original: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Size of the file."""
+        if self.original is not None:
+            return self.original
         return len(self.header) + sum(info.nbytes for info in self.tensors)
 
     @property
@@ -194,9 +201,25 @@ def _shards(steps: Sequence[Step], checkpoint: Checkpoint) -> list[ShardPlan]:
     planned = []
     for name, members in by_file.items():
         ordered, infos = _in_order(members)
+        if _is_unchanged(checkpoint.shards[name], members):
+            shard = checkpoint.shards[name]
+            planned.append(ShardPlan(name, b"", shard.tensors, tuple(members), shard.nbytes))
+            continue
         header, placed = build_header(infos, name, checkpoint.shards[name].metadata)
         planned.append(ShardPlan(name, header, placed, tuple(ordered)))
     return planned
+
+
+def _is_unchanged(shard: Shard, steps: Sequence[Step]) -> bool:
+    """Does an output file hold what the source's file of its name holds, tensor by tensor?
+
+    A file without `format` in its metadata is rewritten, because transformers refuses to load it, and so is one whose
+    tensors do not start at multiples of their item size.
+    """
+    stays = all(s.unit is None and s.weight.decoder is None and s.outputs[0].name == s.weight.home.name for s in steps)
+    whole = {step.weight.home.name for step in steps} == {info.name for info in shard.tensors}
+    aligned = all(info.begin % max(1, DTYPE_BITS[info.dtype] // 8) == 0 for info in shard.tensors)
+    return stays and whole and aligned and shard.metadata.get("format") == "pt"
 
 
 def _index(group: Group, shards: Sequence[ShardPlan]) -> dict[str, bytes]:

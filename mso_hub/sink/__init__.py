@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Protocol
 
 from mso_hub.checkpoint import Array
+from mso_hub.errors import RecipeError
+from mso_hub.events import Listener, ignore
+from mso_hub.hub import Client, Origin, RemoteFile, is_address, parse_address
 from mso_hub.sink.journal import Entry
 from mso_hub.sink.local import LocalSink
 from mso_hub.sink.memory import MemorySink
+from mso_hub.sink.target import EMPTY, HubTarget
 
-__all__ = ["Entry", "LocalSink", "MemorySink", "ShardWriter", "Sink", "open_sink"]
+__all__ = ["Entry", "HubTarget", "LocalSink", "MemorySink", "ShardWriter", "Sink", "open_sink"]
 
 
 class ShardWriter(Protocol):
@@ -34,6 +38,10 @@ class Sink(Protocol):
         """Folder on this machine, None for other backends."""
 
     @property
+    def where(self) -> str:
+        """Where the output is to be seen: the folder, or a URL once it is published."""
+
+    @property
     def entries(self) -> Mapping[str, Entry]:
         """Complete files, of this run and of an earlier one of the same job."""
 
@@ -45,7 +53,16 @@ class Sink(Protocol):
         """
 
     def open(self, file: str, nbytes: int) -> AbstractContextManager[ShardWriter]:
-        """A file of known size; it counts as done when the context ends without an error."""
+        """A file of known size, complete when the context ends without an error.
+
+        It is in `entries` once it is stored: at once in a folder, some time later where it has to travel.
+        """
+
+    def copy(self, file: str, origin: Origin, remote: RemoteFile) -> bool:
+        """Copy a file from a repo of the same Hub without moving its bytes; False where that is not possible."""
+
+    def wait(self) -> None:
+        """Until every file that was written is stored; raises what kept one from it."""
 
     @property
     def notes(self) -> Mapping[str, float]:
@@ -54,16 +71,33 @@ class Sink(Protocol):
     def note(self, key: str, value: float) -> None:
         """Write a number down for the next run of this job."""
 
-    def commit(self, manifest: bytes) -> None:
-        """Make everything visible in one step; `manifest` describes it."""
+    def commit(self, manifest: bytes, closing: Mapping[str, bytes] = EMPTY) -> None:
+        """Make everything visible in one step.
+
+        manifest  mso_hub.json, which describes the output
+        closing   small files that could not be announced: the model card knows the errors of all weights
+        """
 
     def close(self) -> None:
         """Let go of the output; what is complete stays for the next run."""
 
 
-def open_sink(where: str | Path, *, fresh: bool = False) -> Sink:
-    """A folder to write to -> Sink.
+def open_sink(
+    where: str | Path, *, fresh: bool = False, target: HubTarget | None = None, client: Client | None = None,
+    on_event: Listener = ignore,
+) -> Sink:  # fmt: skip
+    """A folder or `hf://org/name` to write to -> Sink.
 
-    fresh  remove an earlier output of this tool, finished or not, and start over
+    fresh     replace an earlier output of this tool, finished or not, and start over
+    target    how to write to a repo: private, branch, pull request, ...
+    client    connection for a Hub address; by default one with the user's own login
+    on_event  hears about waiting for the Hub
+    Raises RecipeError for a malformed address, and for `target` beside a folder.
     """
+    if isinstance(where, str) and is_address(where):
+        from mso_hub.sink.hub import HubSink
+
+        return HubSink(client or Client(on_event=on_event), parse_address(where), target or HubTarget(), fresh=fresh)
+    if target is not None:
+        raise RecipeError(f"{where}: private, branch, create_pr and journal_branch need a repo: write hf://org/name")
     return LocalSink(Path(where), fresh=fresh)

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from mso_hub.checkpoint import Array
 from mso_hub.errors import MsoError, SinkError
+from mso_hub.hub import Origin, RemoteFile
 from mso_hub.sink.journal import Entry, Journal
+from mso_hub.sink.target import EMPTY
 
 MANIFEST = "mso_hub.json"
 BEHIND = 32 << 20
@@ -105,9 +107,14 @@ class LocalSink:
         return str(self.path)
 
     @property
+    def where(self) -> str:
+        """Its name."""
+        return self.name
+
+    @property
     def notes(self) -> Mapping[str, float]:
-        """Numbers of an earlier run of this job."""
-        return self._open_journal.notes
+        """Numbers of an earlier run of this job; none where the output is finished already."""
+        return self._journal.notes if self._journal is not None else {}
 
     @property
     def _open_journal(self) -> Journal:
@@ -251,13 +258,20 @@ class LocalSink:
             journal.done(file, entry)
         self._entries[file] = entry
 
+    def copy(self, file: str, origin: Origin, remote: RemoteFile) -> bool:
+        """Never: a folder has to get the bytes."""
+        return False
+
+    def wait(self) -> None:
+        """Nothing to wait for: a file is stored when its context ends."""
+
     def note(self, key: str, value: float) -> None:
         """Remember a number in the journal."""
         journal = self._open_journal
         with _naming(self.journal, len(key)):
             journal.note(key, value)
 
-    def commit(self, manifest: bytes) -> None:
+    def commit(self, manifest: bytes, closing: Mapping[str, bytes] = EMPTY) -> None:
         """Rename the finished folder into place; nothing to do where it already is."""
         if self._journal is None:
             return
@@ -266,10 +280,11 @@ class LocalSink:
             if not path.is_file() or path.stat().st_size != entry.nbytes:
                 raise SinkError(f"{path}: {entry.nbytes:,} bytes were written, they are gone; run it again")
         try:
-            with (self.staging / MANIFEST).open("wb") as file:
-                file.write(manifest)
-                file.flush()
-                os.fsync(file.fileno())
+            for name, data in {**closing, MANIFEST: manifest}.items():
+                with (self.staging / name).open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
             for folder in {path.parent for path in self.staging.rglob("*")}:
                 _sync_folder(folder)
             if self._fresh and self._target.exists():  # begin() made sure that it is ours or empty

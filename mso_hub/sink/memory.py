@@ -9,7 +9,9 @@ from pathlib import Path
 
 from mso_hub.checkpoint import Array
 from mso_hub.errors import ResumeError, SinkError
+from mso_hub.hub import Origin, RemoteFile
 from mso_hub.sink.journal import Entry
+from mso_hub.sink.target import EMPTY
 
 
 class _Buffer:
@@ -43,6 +45,11 @@ class MemorySink:
         return None
 
     @property
+    def where(self) -> str:
+        """Its name."""
+        return self.name
+
+    @property
     def notes(self) -> Mapping[str, float]:
         """Numbers of an earlier run of this job."""
         return self._notes
@@ -70,13 +77,20 @@ class MemorySink:
         self._staged[file] = bytes(buffer.data)
         self._entries[file] = Entry(nbytes, hashlib.sha256(buffer.data).hexdigest())
 
+    def copy(self, file: str, origin: Origin, remote: RemoteFile) -> bool:
+        """Never."""
+        return False
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
     def note(self, key: str, value: float) -> None:
         """Remember a number."""
         self._notes[key] = value
 
-    def commit(self, manifest: bytes) -> None:
+    def commit(self, manifest: bytes, closing: Mapping[str, bytes] = EMPTY) -> None:
         """Show all files."""
-        self.files = {**self._staged, "mso_hub.json": manifest}
+        self.files = {**self._staged, **closing, "mso_hub.json": manifest}
 
     def close(self) -> None:
         """Nothing to let go of."""

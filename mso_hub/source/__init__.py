@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mso_hub.errors import CheckpointError
+from mso_hub.events import Listener, ignore
+from mso_hub.hub import Client, Origin, RemoteFile, is_address, looks_like_repo, parse_address
 from mso_hub.source.local import LocalSource
 from mso_hub.source.memory import MemorySource
 from mso_hub.source.reads import Job, Range
@@ -28,6 +30,17 @@ class Source(Protocol):
     @property
     def path(self) -> Path | None:
         """Folder on this machine, None for other backends."""
+
+    @property
+    def distant(self) -> bool:
+        """Does reading a range a second time cost as much as the first time?"""
+
+    @property
+    def origin(self) -> Origin | None:
+        """Repo and commit on a Hub, None for other backends."""
+
+    def remote(self, file: str) -> RemoteFile | None:
+        """What the Hub knows about a file, None for other backends."""
 
     def files(self) -> dict[str, int]:
         """Repo path -> bytes, for every file."""
@@ -51,10 +64,21 @@ class Source(Protocol):
         """Stop reading ahead, let connections go; may be called at any time, and more than once."""
 
 
-def open_source(where: str | Path) -> Source:
-    """A folder that holds a checkpoint -> Source; CheckpointError when it is not there."""
+def open_source(where: str | Path, *, client: Client | None = None, on_event: Listener = ignore) -> Source:
+    """A folder or `hf://org/name@revision` -> Source.
+
+    client    connection for a Hub address; by default one with the user's own login
+    on_event  hears about waiting for the Hub
+    Raises CheckpointError for a folder that is not there, RecipeError for a malformed address, HubError for a repo
+    that cannot be read.
+    """
+    if isinstance(where, str) and is_address(where):
+        from mso_hub.source.hub import HubSource
+
+        return HubSource(client or Client(on_event=on_event), parse_address(where))
     path = Path(where)
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
-        raise CheckpointError(f"{where}: the input must be a folder with safetensors files, found {found} there")
+        hint = f"; for the repo on the Hub write hf://{where}" if found == "nothing" and looks_like_repo(where) else ""
+        raise CheckpointError(f"{where}: the input must be a folder with safetensors files, found {found} there{hint}")
     return LocalSource(path)

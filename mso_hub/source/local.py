@@ -36,6 +36,18 @@ class LocalSource:
         """The folder."""
         return self._folder
 
+    @property
+    def distant(self) -> bool:
+        """No: the second read is as cheap as any."""
+        return False
+
+    @property
+    def origin(self) -> None:
+        """Not a Hub."""
+
+    def remote(self, file: str) -> None:
+        """Not a Hub."""
+
     def files(self) -> dict[str, int]:
         """Every regular file below the folder (links followed), without version control and caches.
 

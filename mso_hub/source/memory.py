@@ -31,6 +31,18 @@ class MemorySource:
         """Always None: nothing lies in a folder."""
         return None
 
+    @property
+    def distant(self) -> bool:
+        """No: the second read is as cheap as any."""
+        return False
+
+    @property
+    def origin(self) -> None:
+        """Not a Hub."""
+
+    def remote(self, file: str) -> None:
+        """Not a Hub."""
+
     def files(self) -> dict[str, int]:
         """Repo path -> bytes."""
         return {name: len(data) for name, data in sorted(self._files.items())}

@@ -175,7 +175,12 @@ def check_index(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> None
 
 
 def check_reads(source: MemorySource, plan: Plan) -> None:
-    """Each byte is read once; a member of a unit that spans shards once more, for its amax."""
+    """Each byte is read once; a member of a unit that spans shards once more, for its amax.
+
+    A file that stays as it is is read from its first byte, beside the read of its header.
+    """
+    for shard in (s for s in plan.shards if s.original is not None):
+        assert source.reads.count((shard.name, 0, shard.nbytes)) == 2
     spanning = {
         weight.name
         for members in plan.units.values()
@@ -183,7 +188,7 @@ def check_reads(source: MemorySource, plan: Plan) -> None:
         for weight in members
     }
     data_reads = [(file, begin, end) for file, begin, end in source.reads if begin > 0]
-    for step in (step for shard in plan.shards for step in shard.steps):
+    for step in (step for shard in plan.shards if shard.original is None for step in shard.steps):
         info = step.weight.home
         times = sum(min(end, info.end) - max(begin, info.begin) for file, begin, end in data_reads
                     if file == info.file and begin < info.end and end > info.begin)  # fmt: skip

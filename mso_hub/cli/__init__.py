@@ -1,0 +1,261 @@
+"""argv -> one call of the library. `mso-hub` and `modelopt-streaming` are the same program.
+
+Every option has an underscore and a dash form. Errors end with exit code 2 and one message; where the Hub or the
+network failed and the same command may succeed later, with 3; a pause (Ctrl-C) with 130: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mso_hub.cli.options import (
+    HUB,
+    JSON,
+    RUN,
+    SCHEME,
+    SOURCE,
+    TARGET,
+    build_recipe,
+    given,
+    hub_target,
+    one_of,
+    opt,
+    read_size,
+    several,
+)
+from mso_hub.errors import MsoError, RecipeError, TransientError
+
+if TYPE_CHECKING:
+    from mso_hub.events import Listener
+    from mso_hub.plan import Plan, Recipe
+
+
+class Program(click.Group):
+    """Turns the errors of the library into one message and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        # A plan of 200,000 tensors is a large, growing, cycle-free graph: the default thresholds make the collector
+        # walk it again and again, a third of the time in all.
+        gc.set_threshold(200_000, 20, 100)
+        try:
+            return super().invoke(ctx)
+        except TransientError as error:
+            click.echo(f"mso-hub: {error}", err=True)
+            ctx.exit(3)
+        except MsoError as error:
+            click.echo(f"mso-hub: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # `| head`: click ends quietly
+            click.echo(f"mso-hub: {error}; check the path, its permissions and the disk behind it", err=True)
+            ctx.exit(2)
+        except MemoryError:
+            click.echo("mso-hub: out of memory; lower --workers or --memory_budget", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("mso-hub: paused; what is complete is kept, the same command goes on", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="mso-hub")
+def main() -> None:
+    """Quantize, decompress and check LLM checkpoints, tensor by tensor, without loading the model."""
+
+
+def execute(options: dict[str, Any], recipe: Recipe) -> None:
+    """One conversion with progress and a closing line."""
+    from mso_hub.engine import ThreadEngine
+    from mso_hub.hub import is_address
+    from mso_hub.legacy import check_hardware
+    from mso_hub.pipeline import convert
+    from mso_hub.progress import Bar, listener
+    from mso_hub.sink import open_sink
+    from mso_hub.source import open_source
+
+    check_hardware(options["device"], options["num_gpus"])
+    engine = ThreadEngine(options["workers"], read_size(options["memory_budget"]))
+    show: Listener = listener("none" if options["quiet"] else options["progress"])
+    target = hub_target(options, recipe)
+    fresh = options["fresh"] or not options["resume"]
+    try:
+        source = open_source(options["input_dir"], on_event=show)
+        sink = open_sink(options["output_dir"], fresh=fresh, target=target, on_event=show)
+        card = is_address(options["output_dir"])
+        plan = convert(source, sink, recipe, engine=engine, card=card, base_model=options["base_model"], on_event=show)
+    finally:
+        if isinstance(show, Bar):
+            show.close()
+    if not options["quiet"] and options["progress"] == "bar":
+        click.echo(closing(plan, options["output_dir"], sink.where))
+
+
+def closing(plan: Plan, where: str, seen: str) -> str:
+    """Two lines: what happened, what to do next.
+
+    where  what was asked for
+    seen   where the result is to be seen: the folder, or the URL of a commit or pull request
+    """
+    from mso_hub.display import size
+
+    done = sum(step.unit is not None or step.weight.decoder is not None for s in plan.shards for step in s.steps)
+    return (
+        f"{done:,} weights, {size(plan.read_bytes)} -> {size(plan.write_bytes)} in {seen}\n"
+        f"check it: mso-hub verify {where} --source {plan.source}"
+    )
+
+
+@main.command()
+@several(SOURCE, TARGET, SCHEME, RUN, HUB)
+@opt("calibrate", is_flag=True, hidden=True)
+@opt("calib_size", type=int, hidden=True)
+@opt("calib_dataset", hidden=True)
+def quantize(calibrate: bool, calib_size: int | None, calib_dataset: str | None, **options: Any) -> None:
+    """Quantize a checkpoint, tensor by tensor."""
+    if calibrate or calib_size or calib_dataset:
+        raise RecipeError(
+            "--calibrate: this version does not run the model; --input_scale 1.0 needs no calibration, "
+            "--input_scale DIR takes the scales of a calibrated checkpoint"
+        )
+    execute(options, build_recipe(options))
+
+
+@main.command()
+@several(SOURCE, TARGET, RUN, HUB)
+@opt(
+    "dtype",
+    default="bf16",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="What packed weights become [bf16].",
+)
+@opt("text_only", is_flag=True, help="Leave vision and audio parts out; flatten names and config.")
+def decompress(dtype: str, text_only: bool, **options: Any) -> None:
+    """Write packed weights (INT4, INT8, NVFP4) as BF16."""
+    from mso_hub.plan import Recipe
+
+    tag = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype]
+    execute(options, Recipe(scheme="bf16", dtype=tag, text_only=text_only))
+
+
+@main.command("extract-text")
+@several(SOURCE, TARGET, RUN, HUB)
+def extract_text(**options: Any) -> None:
+    """Write the language model of a multimodal checkpoint as a checkpoint of its own."""
+    from mso_hub.plan import Recipe
+
+    execute(options, Recipe(scheme="bf16", text_only=True))
+
+
+@main.command()
+@opt("config", required=True, metavar="FILE", help="hf_quant_config.json, config.json or the folder of either.")
+@opt("output", metavar="FILE", help="Write the patterns there, one a line.")
+@opt("verbose", is_flag=True, help="Print every pattern.")
+def extract(config: str, output: str | None, verbose: bool) -> None:
+    """Print what a reference model's config excludes from quantization."""
+    from mso_hub.plan.reference import exclude_patterns
+
+    patterns = exclude_patterns(config)
+    if output:
+        Path(output).write_text("\n".join(patterns) + "\n", encoding="utf-8")
+    shown = patterns if verbose else patterns[:10]
+    click.echo("\n".join(shown))
+    if len(patterns) > len(shown):
+        click.echo(f"and {len(patterns) - len(shown)} more (--verbose shows all {len(patterns)})")
+
+
+@main.command()
+@click.argument("source", callback=given, required=False)
+@opt("input_dir", metavar="DIR", help="The same as SOURCE.")
+@JSON
+def inspect(source: str | None, input_dir: str | None, json: bool) -> None:
+    """Show what a checkpoint holds, from its headers."""
+    from mso_hub.display import inspect_dict, inspect_text
+    from mso_hub.source import open_source, read_checkpoint
+
+    checkpoint = read_checkpoint(open_source(one_of(source, input_dir)))
+    emit(inspect_dict(checkpoint) if json else inspect_text(checkpoint))
+
+
+@main.command()
+@click.argument("source", callback=given, required=False)
+@opt("input_dir", metavar="DIR", help="The same as SOURCE.")
+@SCHEME
+@JSON
+def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) -> None:
+    """Show from headers what would be quantized, what not and why, and the sizes."""
+    from mso_hub.display import plan_as_dict, plan_text
+    from mso_hub.pipeline import make_plan
+
+    planned = make_plan(one_of(source, input_dir), build_recipe(options))
+    emit(plan_as_dict(planned) if json else plan_text(planned))
+
+
+@main.command()
+@click.argument("checkpoint", callback=given)
+@opt("source", metavar="WHERE", help="Where it came from: reports the dequantized error of every weight.")
+@opt("reference", metavar="WHAT", help="`modelopt`, or a checkpoint to compare with byte by byte.")
+@JSON
+def verify(checkpoint: str, source: str | None, reference: str | None, json: bool) -> None:
+    """Check a finished checkpoint: structure, config, shared scales, numbers. Exit code 2 when something is wrong."""
+    from mso_hub.display import report_text
+    from mso_hub.verify import verify_checkpoint
+
+    report = verify_checkpoint(checkpoint, source=source, reference=reference)
+    emit(report.as_dict() if json else report_text(report))
+    if not report.ok:
+        sys.exit(2)
+
+
+@main.command()
+@click.argument("first", callback=given)
+@click.argument("second", callback=given)
+@JSON
+def compare(first: str, second: str, json: bool) -> None:
+    """Compare the scales and weights of two checkpoints, whatever their formats."""
+    from mso_hub.display import comparison_text
+    from mso_hub.verify import compare_checkpoints
+
+    comparison = compare_checkpoints(first, second)
+    emit(comparison.as_dict() if json else comparison_text(comparison))
+
+
+@main.command()
+def formats() -> None:
+    """List the formats that can be written and read."""
+    from mso_hub.display import formats_text
+
+    click.echo(formats_text())
+
+
+@main.command()
+@opt("source", metavar="DIR", help="Checkpoint to use; the small trained model of the repository by default.")
+@opt("output_dir", metavar="DIR", default="demo-output", help="Where results go [demo-output].")
+def demo(source: str | None, output_dir: str) -> None:
+    """Watch a real checkpoint become NVFP4, be checked, and come back to BF16."""
+    from mso_hub.demo import run_demo
+
+    run_demo(source, Path(output_dir), click.echo)
+
+
+def emit(content: str | dict[str, Any]) -> None:
+    """Text as it is, anything else as JSON."""
+    click.echo(content if isinstance(content, str) else json.dumps(content, indent=2))
+
+
+def _add_hub_commands() -> None:
+    from mso_hub.cli import hub
+
+    main.add_command(hub.card)
+    main.add_command(hub.devhub)
+
+
+_add_hub_commands()

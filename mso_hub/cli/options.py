@@ -1,0 +1,186 @@
+"""The options of the command line, and what their values mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mso_hub.errors import RecipeError
+
+if TYPE_CHECKING:
+    from mso_hub.plan import Recipe
+    from mso_hub.sink import HubTarget
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def opt(name: str, **settings: Any) -> Callable[[Command], Command]:
+    """A click option under `--some_name` and `--some-name`; a flag gets `--no_...` only where it is asked for."""
+    forms = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+    return click.option(*forms, name, callback=given, **settings)
+
+
+def given(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Refuse an empty text (a shell variable that is not set) and open a leading `~`, which `--x=~/y` keeps."""
+    if value == "" or (isinstance(value, tuple) and "" in value):
+        raise click.BadParameter("must not be empty", ctx, parameter)
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+
+
+def several(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Decorators in reading order as one."""
+
+    def apply(command: Command) -> Command:
+        """The innermost decorator is the last one."""
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+SOURCE = opt("input_dir", required=True, metavar="WHERE", help="Checkpoint to read: a folder, or hf://org/name@rev.")
+TARGET = opt("output_dir", required=True, metavar="WHERE", help="What to write: a new folder, or hf://org/name.")
+HUB = several(
+    opt("private", is_flag=True, help="Hub: make a new repo private."),
+    opt("branch", metavar="NAME", help="Hub: write to this branch, made where it is missing."),
+    opt("create_pr", is_flag=True, help="Hub: open a pull request, or add to the one an earlier run opened."),
+    opt(
+        "journal_branch",
+        is_flag=False,
+        flag_value="mso-hub-journal",
+        metavar="[NAME]",
+        help="Hub: keep the journal on a branch too, so that another machine can go on [mso-hub-journal].",
+    ),
+    opt("base_model", metavar="REPO", help="Hub: the card's base model, where the source is a folder."),
+)
+RUN = several(
+    click.option("--resume/--no_resume", " /--no-resume", default=True, help="Continue an unfinished run, or --fresh."),
+    opt("fresh", is_flag=True, help="Discard an earlier output of this tool, finished or not, and start over."),
+    opt("workers", type=click.IntRange(1), metavar="N", help="Threads; all processors by default."),
+    opt("memory_budget", default="448MiB", metavar="SIZE", help="Weights held in memory at once [448MiB]."),
+    opt(
+        "progress",
+        type=click.Choice(["bar", "json", "none"]),
+        default="bar",
+        help="Bar, or one JSON event a line.",
+    ),
+    opt("quiet", is_flag=True, help="Print errors only."),
+    opt("device", default="cpu", hidden=True),
+    opt("num_gpus", type=int, default=0, hidden=True),
+)
+SCHEME = several(
+    opt("format", default="nvfp4", metavar="NAME", help="What weights become; `mso-hub formats` lists them [nvfp4]."),
+    opt("layout", default="compressed-tensors", metavar="NAME", help="compressed-tensors (default) or modelopt."),
+    opt("mlp_only", is_flag=True, help="Feed-forward layers and experts (the default)."),
+    opt("all_linear", is_flag=True, help="Attention projections too."),
+    opt("targets", multiple=True, metavar="PATTERN", help="Glob or re:REGEX of modules to quantize; repeatable."),
+    opt("ignore", multiple=True, metavar="PATTERN", help="Glob or re:REGEX of modules to leave alone; repeatable."),
+    opt("exclude", multiple=True, metavar="PATTERN", help="The same as --ignore."),
+    opt("exclude_config", metavar="FILE", help="Config of a reference model whose exclude list is honoured too."),
+    opt("no_default_ignore", is_flag=True, help="Offer embeddings, heads, routers, vision, MTP to the targets."),
+    opt("input_scale", metavar="X", help="W4A4: one activation scale for all (1.0), or a checkpoint that has them."),
+    opt("scale_search", default="absmax", metavar="HOW", help="absmax (ModelOpt's bytes) or mse (less error)."),
+    opt("text_only", is_flag=True, help="Leave vision and audio parts out; flatten names and config."),
+    opt("block_size", type=int, default=16, hidden=True),
+)  # fmt: skip
+JSON = opt("json", is_flag=True, help="Print JSON.")
+
+
+def hub_target(options: dict[str, Any], recipe: Recipe) -> HubTarget | None:
+    """Options of HUB -> HubTarget, None for a folder; RecipeError where a folder is given options of a repo."""
+    from mso_hub.hub import is_address, parse_address
+    from mso_hub.sink import HubTarget
+
+    where, source = options["output_dir"], options["input_dir"]
+    if not is_address(where):
+        for name in ("private", "branch", "create_pr", "journal_branch", "base_model"):
+            if options[name]:
+                raise RecipeError(
+                    f"--{name}: is for a repo on the Hub, {where} is a folder; write hf://org/name, or leave it out"
+                )
+        return None
+    origin = parse_address(source) if is_address(source) else None
+    name = origin.repo_id if origin else Path(source).resolve().name
+    return HubTarget(
+        private=options["private"],
+        branch=options["branch"],
+        create_pr=options["create_pr"],
+        journal_branch=options["journal_branch"],
+        protect=(origin.repo_id, origin.revision) if origin else None,
+        title=f"{recipe.scheme.upper()} of {name}, made with mso_hub",
+    )
+
+
+def read_size(text: str) -> int:
+    """`512MiB`, `2GB`, `1000000` -> bytes; RecipeError otherwise."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().upper().rstrip("KMGIB")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        nbytes = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError) as error:
+        raise RecipeError(f"memory_budget: needs a size like 512MiB or 2GB, got {text!r}") from error
+    if nbytes < 1 << 20:
+        raise RecipeError(f"memory_budget: must be at least 1MiB, got {text!r}")
+    return nbytes
+
+
+def build_recipe(options: dict[str, Any]) -> Recipe:
+    """Options of SCHEME -> Recipe."""
+    from mso_hub.legacy import check_block_size
+    from mso_hub.plan import Recipe
+    from mso_hub.plan.reference import exclude_patterns
+
+    check_block_size(options["block_size"])
+    if options["mlp_only"] and options["all_linear"]:
+        raise RecipeError("--mlp_only and --all_linear contradict each other; keep one")
+    scale, scales = read_input_scale(options["input_scale"])
+    imported = exclude_patterns(options["exclude_config"]) if options["exclude_config"] else []
+    return Recipe(
+        scheme=options["format"],
+        layout=options["layout"],
+        mode="all-linear" if options["all_linear"] else "mlp",
+        targets=options["targets"],
+        ignore=options["ignore"] + options["exclude"],
+        imported_ignore=tuple(imported),
+        default_ignore=not options["no_default_ignore"],
+        input_scale=scale,
+        input_scales=scales,
+        scale_search=options["scale_search"],
+        text_only=options["text_only"],
+    )
+
+
+def read_input_scale(text: str | None) -> tuple[float | None, dict[str, float]]:
+    """`1.0` -> one scale for all; a folder or a .safetensors file -> a scale per module."""
+    from mso_hub.checkpoint import TensorInfo
+    from mso_hub.formats.scales import read_input_scales
+    from mso_hub.source import LocalSource
+    from mso_hub.source.scan import read_shard
+
+    if text is None:
+        return None, {}
+    try:
+        return float(text), {}
+    except ValueError:
+        path = Path(text)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    tensors: list[TensorInfo] = []
+    source = LocalSource(path.parent if path.is_file() else path)
+    for file in files:
+        tensors += read_shard(source, file.name, file.stat().st_size).tensors
+    scales = read_input_scales(tensors, source.read)
+    if not scales:
+        raise RecipeError(f"--input_scale {text}: needs a number or a checkpoint with input scales, found none there")
+    return None, scales
+
+
+def one_of(argument: str | None, option: str | None) -> str:
+    """The source, given as an argument or as --input_dir."""
+    if (argument is None) == (option is None):
+        raise RecipeError(f"give the source once, as an argument or as --input_dir; got {argument!r} and {option!r}")
+    return argument or option or ""

@@ -1,0 +1,228 @@
+"""One atomic commit, over the Hub's own wire: NDJSON lines to `/api/models/{repo}/commit/{revision}`.
+
+HfApi.create_commit is not used. An object that is stored already, perhaps by an earlier process, reaches it only
+through private attributes of CommitOperationAdd, which moved between huggingface_hub 1.31 and 2.4; it asks again where
+every file belongs, and it leaves files out that look unchanged. The lines are the Hub's public protocol and the same
+for both: a header with the parent, `file` with its content, `lfsFile` with SHA-256 and size, `deletedFile`.
+
+The Hub gives up on a commit after a minute and may have made it nevertheless, so a repetition first looks whether
+the commit landed. `parentCommit` makes the Hub refuse (412) when somebody else was faster.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mso_hub.errors import HubError
+from mso_hub.hub.client import Client, status_of
+from mso_hub.hub.pull_request import find_own
+from mso_hub.hub.repository import RemoteFile
+from mso_hub.hub.target import Target
+
+PATHS = 500
+"""Paths per request; the Hub takes 1000."""
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """A file to be there: by its content in git, or by the SHA-256 of a stored object."""
+
+    nbytes: int
+    sha256: str
+    content: bytes | None = None
+
+    @classmethod
+    def of(cls, content: bytes) -> Put:
+        """A file in git."""
+        return cls(len(content), hashlib.sha256(content).hexdigest(), content)
+
+    def is_in(self, file: RemoteFile | None) -> bool:
+        """Does this file of a repo hold what was to be put there?"""
+        if file is None or file.nbytes != self.nbytes:
+            return False
+        if file.sha256 is not None:
+            return file.sha256 == self.sha256
+        return self.content is not None and file.blob_id == git_oid(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a commit does.
+
+    parent   commit that it builds on
+    title    first line of its message, and title of the pull request that it opens
+    account  who makes it, to find that pull request again
+    """
+
+    parent: str
+    title: str
+    account: str
+    description: str = ""
+    puts: Mapping[str, Put] = field(default_factory=dict)
+    deletes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A commit that was made; `pull_request` is the address of the one that it opened or went to."""
+
+    oid: str
+    url: str
+    pull_request: str | None = None
+
+
+class MovedError(HubError):
+    """Somebody committed to the target since `parent`."""
+
+
+class VanishedError(HubError):
+    """The Hub no longer has an object that the commit names."""
+
+
+def git_oid(content: bytes) -> str:
+    """Id of a file in git."""
+    return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+
+
+def send_commit(client: Client, target: Target, change: Change) -> Commit:
+    """Make the commit, once; MovedError, VanishedError or another HubError when the Hub refuses it."""
+    body = b"".join(json.dumps(line).encode() + b"\n" for line in _lines(change))
+    tries = 0
+
+    def once() -> Commit:
+        nonlocal tries
+        tries += 1
+        earlier = _landed(client, target, change) if tries > 1 else None
+        return earlier or _post(client, target, change, body)
+
+    return client.attempt(once, what=str(target))
+
+
+def _lines(change: Change) -> Iterable[dict[str, Any]]:
+    header = {"summary": change.title, "description": change.description, "parentCommit": change.parent}
+    yield {"key": "header", "value": header}
+    for path in change.deletes:
+        yield {"key": "deletedFile", "value": {"path": path}}
+    for path, put in change.puts.items():
+        if put.content is None:
+            value = {"path": path, "algo": "sha256", "oid": put.sha256, "size": put.nbytes}
+            yield {"key": "lfsFile", "value": value}
+        else:
+            content = base64.b64encode(put.content).decode()
+            yield {"key": "file", "value": {"path": path, "content": content, "encoding": "base64"}}
+
+
+def _post(client: Client, target: Target, change: Change, body: bytes) -> Commit:
+    """One try."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    response = get_session().post(
+        client.endpoint + target.api("commit"),
+        headers={**client.headers(), "Content-Type": "application/x-ndjson"},
+        params=target.params,
+        content=body,
+    )
+    try:
+        hf_raise_for_status(response, endpoint_name="commit")
+    except HfHubHTTPError as error:
+        said = client.clean(getattr(error, "server_message", None) or str(error))
+        if status_of(error) == 412:
+            raise MovedError(f"{target}: somebody committed there since {change.parent[:12]}: {said}") from None
+        if status_of(error) == 400 and "does not exist" in said and "LFS" in said:
+            raise VanishedError(said) from None
+        raise
+    answer = response.json()
+    return _described(client, target, str(answer["commitOid"]), answer.get("pullRequestUrl"))
+
+
+def _described(client: Client, target: Target, oid: str, pull_request: str | None) -> Commit:
+    if pull_request is None and target.in_pull_request:
+        pull_request = f"{client.endpoint}/{target.repo_id}/discussions/{target.revision.rpartition('/')[2]}"
+    return Commit(oid, f"{client.endpoint}/{target.repo_id}/commit/{oid}", pull_request)
+
+
+def _landed(client: Client, target: Target, change: Change) -> Commit | None:
+    """The commit of an earlier try whose answer got lost, when there is one."""
+    pull_request, revision = None, target.revision
+    if target.create_pr:
+        number = find_own(client, target.repo_id, change.account, change.title)
+        if number is None:
+            return None
+        pull_request, revision = f"{client.endpoint}/{target.repo_id}/discussions/{number}", f"refs/pr/{number}"
+    oid = head_of(client, target.repo_id, revision)
+    if oid == change.parent:
+        return None
+    found = paths_info(client, target.repo_id, [*change.puts, *change.deletes], oid)
+    if any(path in found for path in change.deletes):
+        return None
+    if not all(put.is_in(found.get(path)) for path, put in change.puts.items()):
+        return None
+    return _described(client, target, oid, pull_request)
+
+
+def head_of(client: Client, repo: str, revision: str) -> str:
+    """Commit that a branch or pull request is at."""
+    info = client.attempt(lambda: client.api.model_info(repo, revision=revision), what=f"hf://{repo}@{revision}")
+    return str(info.sha)
+
+
+def paths_info(client: Client, repo: str, paths: Sequence[str], commit: str) -> dict[str, RemoteFile]:
+    """What a commit holds at some paths; those that it does not have are left out."""
+    from huggingface_hub.hf_api import RepoFile
+
+    found = {}
+    for begin in range(0, len(paths), PATHS):
+        some = list(paths[begin : begin + PATHS])
+        entries = client.attempt(
+            lambda some=some: client.api.get_paths_info(repo, some, revision=commit), what=f"hf://{repo}@{commit[:12]}"
+        )
+        for entry in entries:
+            if isinstance(entry, RepoFile):
+                sha256 = entry.lfs.sha256 if entry.lfs else None
+                found[entry.path] = RemoteFile(entry.path, entry.size, entry.blob_id, sha256, entry.xet_hash)
+    return found
+
+
+def verify_commit(client: Client, target: Target, change: Change, commit: Commit) -> None:
+    """HubError when the Hub shows other files than were sent."""
+    found = paths_info(client, target.repo_id, list(change.puts), commit.oid)
+    for path, put in change.puts.items():
+        if not put.is_in(found.get(path)):
+            file = found.get(path)
+            what = f"{file.nbytes:,} bytes, {file.sha256 or file.blob_id}" if file else "nothing"
+            raise HubError(
+                f"{target}/{path}: commit {commit.oid[:12]} must hold {put.nbytes:,} bytes with SHA-256 {put.sha256}, "
+                f"the Hub shows {what}; do not use it, run the same command with --fresh"
+            )
+
+
+def require_valid_card(client: Client, target: Target, content: bytes) -> None:
+    """HubError when the Hub would not take this README.md; asked early, not when all else is sent."""
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    def once() -> Any:
+        body = {"content": content.decode(), "repoType": "model"}
+        response = get_session().post(f"{client.endpoint}/api/validate-yaml", headers=client.headers(), json=body)
+        if response.status_code == 400:
+            return response.json()
+        hf_raise_for_status(response)
+        return response.json()
+
+    errors = client.attempt(once, what=f"{target}/README.md").get("errors") or []
+    if errors:
+        said = "; ".join(str(error.get("message")) for error in errors)
+        raise HubError(f"{target}/README.md: the Hub does not take its metadata: {client.clean(said)}; correct it")
+
+
+def absent(error: VanishedError, puts: Mapping[str, Put]) -> list[str]:
+    """Paths whose object an answer of the Hub names; empty when it names none."""
+    said = str(error)
+    return [path for path, put in puts.items() if put.content is None and (put.sha256 in said or path in said)]
+
+

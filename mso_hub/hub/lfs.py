@@ -1,0 +1,116 @@
+"""Git LFS over HTTP: which objects the Hub has, and one object sent in one piece or in parts.
+
+Written out, because the client's own way reads the file again to hash it, draws progress bars and hides what went
+wrong in a RuntimeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from mso_hub.errors import HubError
+from mso_hub.hub.client import Client
+from mso_hub.hub.memory import MemoryFile
+from mso_hub.hub.target import Target
+
+MIME = "application/vnd.git-lfs+json"
+BATCH = 100
+"""Objects per request."""
+SIGNATURES = 3
+"""Times that storage URLs are asked for: a slow line may outlive the first ones."""
+
+
+def batch(client: Client, target: Target, objects: Iterable[tuple[str, int]]) -> dict[str, dict[str, Any]]:
+    """What the Hub wants done to store objects of (SHA-256, bytes) -> by SHA-256; no "actions" where it has them."""
+    rest, answers = iter(objects), {}
+    while chunk := list(islice(rest, BATCH)):
+        body: dict[str, Any] = {
+            "operation": "upload",
+            "transfers": ["basic", "multipart"],
+            "objects": [{"oid": oid, "size": nbytes} for oid, nbytes in chunk],
+            "hash_algo": "sha256",
+        }
+        if not target.create_pr:
+            body["ref"] = {"name": target.revision}
+        response = client.request(
+            "POST", f"/{target.repo_id}.git/info/lfs/objects/batch", what=str(target), json=body,
+            headers={"Accept": MIME, "Content-Type": MIME},
+        )  # fmt: skip
+        answers.update({answer["oid"]: answer for answer in response.json()["objects"]})
+    return answers
+
+
+def send_lfs(client: Client, target: Target, path: str, memory: MemoryFile, sha256: str) -> None:
+    """Store one object; every request is repeated as long as the client's patience lasts."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for left in reversed(range(SIGNATURES)):
+        answer = batch(client, target, [(sha256, memory.nbytes)])[sha256]
+        if "error" in answer:
+            raise HubError(f"{target}/{path}: the Hub does not take it: {client.clean(answer['error']['message'])}")
+        actions = answer.get("actions")
+        if not actions:
+            return
+        try:
+            _transfer(client, f"{target}/{path}", actions["upload"], memory, sha256)
+        except HfHubHTTPError as error:
+            if left:
+                continue
+            raise client.explain(error, f"{target}/{path}") from None
+        if "verify" in actions:
+            client.request(
+                "POST", actions["verify"]["href"], what=f"{target}/{path}", json={"oid": sha256, "size": memory.nbytes}
+            )
+        return
+
+
+def _transfer(client: Client, what: str, upload: dict[str, Any], memory: MemoryFile, sha256: str) -> None:
+    """Bytes to the storage, whose URLs carry their own permission: the Hub's token stays away from it."""
+    header = dict(upload.get("header") or {})
+    chunk = int(header.pop("chunk_size", 0))
+    if not chunk:
+        _put(client, what, upload["href"], memory, (0, memory.nbytes), header)
+        return
+    parts = []
+    for number in range(1, -(-memory.nbytes // chunk) + 1):
+        span = ((number - 1) * chunk, min(number * chunk, memory.nbytes))
+        response = _put(client, what, str(header[str(number)]), memory, span, {})
+        parts.append({"partNumber": number, "etag": response.headers["etag"]})
+    body = {"oid": sha256, "parts": parts}
+    _storage(client, what, "POST", upload["href"], json=body, headers={"Accept": MIME, "Content-Type": MIME})
+
+
+def _put(
+    client: Client, what: str, url: str, memory: MemoryFile, span: tuple[int, int], headers: dict[str, str]
+) -> Any:
+    def content() -> Iterator[bytes]:
+        yield from memory.blocks(*span)
+
+    return _storage(client, what, "PUT", url, headers={**headers, "Content-Length": str(span[1] - span[0])}, content=content)
+
+
+def _storage(client: Client, what: str, method: str, url: str, **settings: Any) -> Any:
+    """One request to a signed URL, repeated while the storage is busy; HfHubHTTPError when it refuses."""
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    content = settings.pop("content", None)
+
+    def once() -> Any:
+        if content is not None:
+            settings["content"] = content()
+        response = get_session().request(method, url, **settings)
+        if status_of_refusal(response.status_code):
+            return response
+        hf_raise_for_status(response)
+        return response
+
+    response = client.attempt(once, what=what)
+    hf_raise_for_status(response)
+    return response
+
+
+def status_of_refusal(status: int) -> bool:
+    """Is this an answer about the signature of the URL, which a new one cures?"""
+    return status in (400, 401, 403)

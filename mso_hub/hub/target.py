@@ -1,0 +1,202 @@
+"""Where a commit goes, and whether this account may write there: known before the first byte is sent."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import quote
+
+from mso_hub.errors import HubError, RecipeError
+from mso_hub.hub.address import Address
+from mso_hub.hub.client import Client
+from mso_hub.hub.pull_request import find_own, require_own
+from mso_hub.hub.xet import xet_enabled
+
+DEFAULT = "main"
+"""Default branch of every repo on the Hub."""
+PULL_REQUEST = re.compile(r"refs/pr/(\d+)")
+COMMIT = re.compile(r"[0-9a-f]{7,40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where objects and the commit go.
+
+    revision   a branch or `refs/pr/N`
+    create_pr  the commit opens a new pull request against `revision`
+    xet        send objects to Xet storage, not by LFS
+    """
+
+    repo_id: str
+    revision: str = DEFAULT
+    create_pr: bool = False
+    xet: bool = False
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        return f"hf://{self.repo_id}" + (f"@{self.revision}" if self.revision != DEFAULT else "")
+
+    @property
+    def address(self) -> Address:
+        """To look at what lies there."""
+        return Address(self.repo_id, self.revision)
+
+    @property
+    def in_pull_request(self) -> bool:
+        """Is the commit a proposal, so that what it deletes stays on the branch?"""
+        return self.create_pr or PULL_REQUEST.fullmatch(self.revision) is not None
+
+    @property
+    def params(self) -> dict[str, str] | None:
+        """Query of requests that depend on whether this opens a pull request."""
+        return {"create_pr": "1"} if self.create_pr else None
+
+    @property
+    def token_revision(self) -> str | None:
+        """Revision that a storage token is asked for; none for a pull request that is still to be opened."""
+        return None if self.create_pr else self.revision
+
+    def api(self, verb: str) -> str:
+        """Path of a request about this revision."""
+        return f"/api/models/{self.repo_id}/{verb}/{quote(self.revision, safe='')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Where the user wants the output.
+
+    branch     write there, and create it from the default branch when it is missing
+    create_pr  propose it to a repo of somebody else; `title` finds an earlier proposal again
+    private    for a repo that does not exist yet
+    """
+
+    address: Address
+    title: str
+    branch: str | None = None
+    create_pr: bool = False
+    private: bool = False
+
+    @property
+    def revision(self) -> str:
+        """Branch or pull request that is named."""
+        return self.branch or self.address.revision or DEFAULT
+
+    def require_consistent(self) -> None:
+        """RecipeError for settings that contradict each other."""
+        address = self.address
+        if address.folder:
+            raise RecipeError(
+                f"{address}: the output must be a whole repo, found the folder {address.folder}; name the repo alone"
+            )
+        if self.branch and address.revision not in (None, self.branch):
+            raise RecipeError(f"{address}: names another branch than --branch {self.branch}; give one of them")
+        if self.create_pr and self.revision != DEFAULT:
+            raise RecipeError(
+                f"{address}: the Hub opens pull requests against {DEFAULT} alone, found {self.revision}; leave it "
+                "away, or write to that branch without --create_pr"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What the Hub said about the target.
+
+    account  user name
+    exists   is the repo there?
+    missing  branch that is to be created
+    """
+
+    target: Target
+    account: str
+    exists: bool
+    missing: bool = False
+
+
+def look(client: Client, wish: Wish) -> Access:
+    """Who we are and what we may do; nothing is created. HubError or RecipeError where the commit could not succeed."""
+    wish.require_consistent()
+    repo, what = wish.address.repo_id, str(wish.address)
+    account = require_account(client, what)
+    target = Target(repo, wish.revision, wish.create_pr, xet_enabled())
+    if not repo_exists(client, repo):
+        return _to_be_created(client, wish, Access(target, account, exists=False))
+    if wish.create_pr:
+        client.attempt(lambda: client.api.auth_check(repo), what=what)
+        earlier = find_own(client, repo, account, wish.title)
+        if earlier is not None:
+            target = replace(target, revision=f"refs/pr/{earlier}", create_pr=False)
+        return Access(target, account, exists=True)
+    number = PULL_REQUEST.fullmatch(wish.revision)
+    if number is not None and require_own(client, repo, account, int(number[1])):
+        return Access(target, account, exists=True)
+    client.attempt(lambda: client.api.auth_check(repo, write=True), what=what)
+    missing = number is None and not _is_branch(client, wish)
+    return Access(target, account, exists=True, missing=missing)
+
+
+def require_account(client: Client, what: str) -> str:
+    """User name; HubError without a login and for a token that may only read."""
+    if client.anonymous:
+        raise HubError(f"{what}: writing needs a login, found none; run `hf auth login` or set HF_TOKEN")
+    said: dict[str, Any] = client.attempt(lambda: client.api.whoami(cache=True), what=what)
+    if said.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise HubError(
+            f"{what}: needs a token with write permission, found one that may only read (account {said['name']}); "
+            f"make one at {client.endpoint}/settings/tokens, then `hf auth login`"
+        )
+    return str(said["name"])
+
+
+def repo_exists(client: Client, repo: str) -> bool:
+    """Is there such a repo, as far as this account may know?"""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    def once() -> bool:
+        try:
+            client.api.model_info(repo)
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return False
+        return True
+
+    return client.attempt(once, what=f"hf://{repo}")
+
+
+def _to_be_created(client: Client, wish: Wish, access: Access) -> Access:
+    what = f"hf://{wish.address.repo_id}"
+    if wish.create_pr:
+        raise HubError(f"{what}: a pull request needs a repo, found none; check the name, or leave --create_pr away")
+    if PULL_REQUEST.fullmatch(wish.revision) or (wish.branch is None and wish.revision != DEFAULT):
+        raise HubError(f"{what}: there is no such repo, so no {wish.revision} in it; check the name, or use --branch")
+    return replace(access, missing=wish.revision != DEFAULT)
+
+
+def _is_branch(client: Client, wish: Wish) -> bool:
+    """Is the wished revision a branch? False when it may be created; HubError when it is none and may not be."""
+    repo, revision, what = wish.address.repo_id, wish.revision, str(wish.address)
+    refs = client.attempt(lambda: client.api.list_repo_refs(repo), what=what)
+    if revision in {branch.name for branch in refs.branches}:
+        return True
+    if revision in {tag.name for tag in refs.tags}:
+        raise HubError(f"{what}: a commit needs a branch, {revision} is a tag; name a branch, or create one by --branch")
+    if wish.branch is None and COMMIT.fullmatch(revision):
+        raise HubError(f"{what}: a commit needs a branch, {revision} is a commit; name a branch, or use --branch")
+    if wish.branch is None and revision != DEFAULT:
+        raise HubError(f"{what}: the repo has no branch {revision}; create it by --branch {revision}")
+    return False
+
+
+def create(client: Client, access: Access, *, private: bool) -> None:
+    """Make the repo and the branch where they are missing."""
+    repo, target = access.target.repo_id, access.target
+    if not access.exists:
+        client.attempt(lambda: client.api.create_repo(repo, private=private or None, exist_ok=True), what=str(target))
+    if access.missing:
+        create_branch(client, repo, target.revision)
+
+
+def create_branch(client: Client, repo: str, branch: str) -> None:
+    """From the head of the default branch; one that is there already is left alone."""
+    client.attempt(lambda: client.api.create_branch(repo, branch=branch, exist_ok=True), what=f"hf://{repo}@{branch}")

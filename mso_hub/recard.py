@@ -1,0 +1,1 @@
+"""The model card of a finished checkpoint, from what verify finds."""
