@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Protocol
 
-from mso_hub import __version__
 from mso_hub.engine import SAMPLE, Piece
 from mso_hub.formats import DENSE
 from mso_hub.hub import Origin
@@ -35,7 +35,7 @@ class Row:
     kind: str
     becomes: str
     count: int
-    before: int
+    before: int | None
     after: int
     mean: float | None = None
     worst: float | None = None
@@ -45,35 +45,27 @@ class Row:
 class Facts:
     """What a card says.
 
-    target   `org/name`, or a folder
-    base     repo id of the source, None when it is not known
-    scheme   key of FORMATS, or DENSE
-    layout   compressed-tensors or modelopt
-    before, after  bytes of all weights
-    measured how the errors were found, a sentence
+    target    `org/name`, or a folder; `revision` where it is not the default branch
+    base      repo id of the source, None when it is not known; `commit` and `endpoint` where it is on a Hub
+    label     how the weights are stored: `NVFP4 (W4A16, compressed-tensors)`
+    tags      the same in the Hub's words
+    before    bytes of all weights in the source, None when it is not known
+    measured  how the errors were found
     """
 
     target: str
-    base: str | None
-    commit: str | None
-    endpoint: str | None
-    scheme: str
-    layout: str
-    activations: bool
-    before: int
-    after: int
+    label: str
+    tags: tuple[str, ...]
     rows: Sequence[Row]
-    measured: str
-    remote_code: bool
+    after: int
+    before: int | None = None
+    base: str | None = None
+    commit: str | None = None
+    endpoint: str | None = None
+    quantized: bool = True
+    measured: str = ""
+    remote_code: bool = False
     revision: str | None = None
-
-    @property
-    def label(self) -> str:
-        """NVFP4 (W4A16, compressed-tensors), or BF16."""
-        if self.scheme == DENSE:
-            return self.scheme.upper()
-        bits = "W4A4" if self.activations else "W4A16"
-        return f"{self.scheme.upper()} ({bits}, {self.layout})"
 
 
 class Target(Protocol):
@@ -130,22 +122,34 @@ def write_card(plan: Plan, source: Source, sink: Target, base_model: str | None 
     files = source.files()
     original = source.read(CARD, 0, files[CARD]).tobytes().decode("utf-8", "replace") if CARD in files else ""
     target, revision = split_name(sink.name)
+    recipe = plan.recipe
     facts = Facts(
         target=target,
+        label=label_of(recipe.scheme, recipe.layout, activations=recipe.activations),
+        tags=tags_of(recipe.scheme, recipe.layout),
+        rows=rows,
+        after=sum(shard.nbytes for shard in plan.shards),
+        before=plan.read_bytes,
         base=base_model or base_of(source.origin, plan.config),
         commit=source.origin.commit if source.origin else None,
         endpoint=source.origin.endpoint if source.origin else None,
-        scheme=plan.recipe.scheme,
-        layout=plan.recipe.layout,
-        activations=plan.recipe.activations,
-        before=plan.read_bytes,
-        after=sum(shard.nbytes for shard in plan.shards),
-        rows=rows,
+        quantized=recipe.scheme != DENSE,
         measured=f"measured while converting, on the first rows of every weight (up to {SAMPLE:,} numbers)",
         remote_code="auto_map" in plan.config,
         revision=revision,
     )
     return render(facts, original).encode()
+
+
+def label_of(scheme: str, layout: str, *, activations: bool) -> str:
+    """`NVFP4 (W4A16, compressed-tensors)`, `BF16`."""
+    bits = "W4A4" if activations else "W4A16"
+    return scheme.upper() if scheme == DENSE else f"{scheme.upper()} ({bits}, {layout})"
+
+
+def tags_of(scheme: str, layout: str) -> tuple[str, ...]:
+    """How the Hub's users look for it."""
+    return (DENSE,) if scheme == DENSE else (scheme, layout, "4-bit", "vllm")
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -174,12 +178,11 @@ def metadata_of(facts: Facts, carried: Mapping[str, Any]) -> dict[str, Any]:
     found.setdefault("library_name", "transformers")
     tags = carried.get("tags")
     own = [tag for tag in tags if isinstance(tag, str) and tag not in FOREIGN_TAGS] if isinstance(tags, list) else []
-    stored = [DENSE] if facts.scheme == DENSE else [facts.scheme, facts.layout, "4-bit", "vllm"]
     if facts.base:
         found["base_model"] = facts.base
-        if facts.scheme != DENSE:
+        if facts.quantized:
             found["base_model_relation"] = "quantized"
-    return {**found, "tags": [*own, *stored, "mso_hub"]}
+    return {**found, "tags": [*own, *facts.tags, "mso_hub"]}
 
 
 def render(facts: Facts, original: str) -> str:
@@ -198,13 +201,19 @@ def render(facts: Facts, original: str) -> str:
         _table([
             ("Source", f"{facts.base or 'a folder'}" + (f" at commit `{facts.commit}`" if facts.commit else "")),
             ("Scheme", facts.label),
-            ("Weights", f"{size(facts.before)} -> {size(facts.after)} ({facts.after / max(1, facts.before):.0%})"),
-            ("Made with", f"mso_hub {__version__}"),
+            ("Weights", _sizes(facts)),
+            ("Made with", f"mso_hub {version('mso-hub')}"),
         ], ("", "")),
         _changes(facts),
         "Everything else is as it was in the source.",
     ]  # fmt: skip
     return join_card(metadata_of(facts, carried), "\n\n".join(blocks) + "\n")
+
+
+def _sizes(facts: Facts) -> str:
+    if not facts.before:
+        return size(facts.after)
+    return f"{size(facts.before)} -> {size(facts.after)} ({facts.after / facts.before:.0%})"
 
 
 def _changes(facts: Facts) -> str:
@@ -213,7 +222,16 @@ def _changes(facts: Facts) -> str:
     rows = []
     for row in facts.rows:
         errors = (_percent(row.mean), _percent(row.worst)) if known else ()
-        rows.append((f"`{row.kind}`", row.becomes, f"{row.count:,}", size(row.before), size(row.after), *errors))
+        rows.append(
+            (
+                f"`{row.kind}`",
+                row.becomes,
+                f"{row.count:,}",
+                size(row.before) if row.before else "",
+                size(row.after),
+                *errors,
+            )
+        )
     said = "Error: sum of squared differences over sum of squares, dequantized against the source; " + facts.measured
     return _table(rows, heads) + (f"\n\n{said}." if known else "")
 

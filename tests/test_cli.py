@@ -26,7 +26,10 @@ from mso_hub.plan import Recipe
 from tests.helpers import tensors_of, tiny_llama, tiny_moe, write_checkpoint, write_files
 
 GOLDEN = Path(__file__).parent / "golden" / "cli_options.txt"
-VERBS = ("quantize", "decompress", "extract", "extract-text", "inspect", "plan", "verify", "compare", "formats", "demo")
+VERBS = (
+    "quantize", "decompress", "extract", "extract-text", "inspect", "plan", "verify", "compare", "formats", "demo",
+    "card", "devhub",
+)  # fmt: skip
 PROGRAMS = Path(sys.executable).parent
 
 
@@ -94,7 +97,7 @@ def test_options_are_frozen() -> None:
     assert options_text() == GOLDEN.read_text()
 
 
-def test_the_verbs_are_the_ten_of_the_readme() -> None:
+def test_the_verbs_are_those_of_the_readme() -> None:
     """And no other."""
     assert sorted(main.commands) == sorted(VERBS)
 
@@ -360,7 +363,7 @@ def test_starting_over_replaces_a_finished_output(form: str, source: Path, tmp_p
 )
 def test_sizes_are_read_with_units(text: str, nbytes: int) -> None:
     """Decimal and binary."""
-    from mso_hub.cli import read_size
+    from mso_hub.cli.options import read_size
 
     assert read_size(text) == nbytes
 

@@ -105,7 +105,7 @@ def closing(plan: Plan, where: str, seen: str) -> str:
     where  what was asked for
     seen   where the result is to be seen: the folder, or the URL of a commit or pull request
     """
-    from mso_hub.display import size
+    from mso_hub.plan.summary import size
 
     done = sum(step.unit is not None or step.weight.decoder is not None for s in plan.shards for step in s.steps)
     return (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mso_hub.cli.options import given, opt
+from mso_hub.cli.options import given, opt, read_size
 
 
 @click.command()
@@ -32,8 +32,24 @@ def card(checkpoint: str, source: str | None, base_model: str | None, output: st
 @click.command()
 @click.option("--dir", "folder", required=True, metavar="DIR", callback=given, help="Where its repos are kept.")
 @opt("port", type=click.IntRange(0, 65535), default=7860, metavar="PORT", help="0 takes a free one [7860].")
-@click.option("--xet/--no_xet", " /--no-xet", default=True, help="Large files in Xet storage, or in plain LFS.")
-@opt("url_lifetime", type=float, metavar="SECONDS", help="How long a download link is valid.")
-@opt("bandwidth", metavar="RATE", help="Limit of the storage each way, a second: 50MB.")
-def devhub(folder: str, port: int, xet: bool, url_lifetime: float | None, bandwidth: str | None) -> None:
+@click.option("--xet/--no_xet", " /--no-xet", default=True, help="Large files in Xet storage (default), or plain LFS.")
+@opt("bandwidth", metavar="RATE", help="Limit of the LFS storage each way, a second: 50MB.")
+def devhub(folder: str, port: int, xet: bool, bandwidth: str | None) -> None:
     """Serve a Hub on this machine, for demos, offline work and tests."""
+    from mso_hub.hub.devhub.server import serve
+    from mso_hub.hub.devhub.settings import Settings, Tuning, users_from_json
+
+    rate = float(read_size(bandwidth, "bandwidth")) if bandwidth else 0.0
+    tuning = Tuning(bandwidth_down=rate, bandwidth_up=rate)
+    settings = Settings(Path(folder), port=port, xet=xet, tuning=tuning)
+
+    def ready(endpoint: str) -> None:
+        """Say how to use it."""
+        kept = Path(folder) / "users.json"
+        users = users_from_json(kept.read_bytes(), str(kept)) if kept.is_file() else settings.users
+        token = next(token for user in users for token, role in user.tokens.items() if role == "write")
+        off = "" if xet else "export HF_HUB_DISABLE_XET=1\n"
+        click.echo(f"{folder}: a Hub on {endpoint}; stop it with Ctrl-C. In another shell:\n")
+        click.echo(f"export HF_ENDPOINT={endpoint}\nexport HF_TOKEN={token}\n{off}")
+
+    serve(settings, ready)

@@ -110,12 +110,12 @@ def hub_target(options: dict[str, Any], recipe: Recipe) -> HubTarget | None:
         branch=options["branch"],
         create_pr=options["create_pr"],
         journal_branch=options["journal_branch"],
-        protect=(origin.repo_id, origin.revision) if origin else None,
+        protect=origin,
         title=f"{recipe.scheme.upper()} of {name}, made with mso_hub",
     )
 
 
-def read_size(text: str) -> int:
+def read_size(text: str, name: str = "memory_budget") -> int:
     """`512MiB`, `2GB`, `1000000` -> bytes; RecipeError otherwise."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = text.strip().upper().rstrip("KMGIB")
@@ -123,9 +123,9 @@ def read_size(text: str) -> int:
     try:
         nbytes = int(float(number) * units[unit])
     except (ValueError, KeyError, OverflowError) as error:
-        raise RecipeError(f"memory_budget: needs a size like 512MiB or 2GB, got {text!r}") from error
+        raise RecipeError(f"{name}: needs a size like 512MiB or 2GB, got {text!r}") from error
     if nbytes < 1 << 20:
-        raise RecipeError(f"memory_budget: must be at least 1MiB, got {text!r}")
+        raise RecipeError(f"{name}: must be at least 1MiB, got {text!r}")
     return nbytes
 
 

@@ -20,12 +20,10 @@ from typing import Any
 
 from mso_hub.errors import HubError
 from mso_hub.hub.client import Client, status_of
+from mso_hub.hub.lookup import head_of, paths_info
 from mso_hub.hub.pull_request import find_own
 from mso_hub.hub.repository import RemoteFile
 from mso_hub.hub.target import Target
-
-PATHS = 500
-"""Paths per request; the Hub takes 1000."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +136,12 @@ def _post(client: Client, target: Target, change: Change, body: bytes) -> Commit
             raise VanishedError(said) from None
         raise
     answer = response.json()
-    return _described(client, target, str(answer["commitOid"]), answer.get("pullRequestUrl"))
+    return described(client, target, str(answer["commitOid"]), answer.get("pullRequestUrl"))
 
 
-def _described(client: Client, target: Target, oid: str, pull_request: str | None) -> Commit:
-    if pull_request is None and target.in_pull_request:
+def described(client: Client, target: Target, oid: str, pull_request: str | None = None) -> Commit:
+    """A commit with its addresses."""
+    if pull_request is None and target.in_pull_request and not target.create_pr:
         pull_request = f"{client.endpoint}/{target.repo_id}/discussions/{target.revision.rpartition('/')[2]}"
     return Commit(oid, f"{client.endpoint}/{target.repo_id}/commit/{oid}", pull_request)
 
@@ -163,30 +162,7 @@ def _landed(client: Client, target: Target, change: Change) -> Commit | None:
         return None
     if not all(put.is_in(found.get(path)) for path, put in change.puts.items()):
         return None
-    return _described(client, target, oid, pull_request)
-
-
-def head_of(client: Client, repo: str, revision: str) -> str:
-    """Commit that a branch or pull request is at."""
-    info = client.attempt(lambda: client.api.model_info(repo, revision=revision), what=f"hf://{repo}@{revision}")
-    return str(info.sha)
-
-
-def paths_info(client: Client, repo: str, paths: Sequence[str], commit: str) -> dict[str, RemoteFile]:
-    """What a commit holds at some paths; those that it does not have are left out."""
-    from huggingface_hub.hf_api import RepoFile
-
-    found = {}
-    for begin in range(0, len(paths), PATHS):
-        some = list(paths[begin : begin + PATHS])
-        entries = client.attempt(
-            lambda some=some: client.api.get_paths_info(repo, some, revision=commit), what=f"hf://{repo}@{commit[:12]}"
-        )
-        for entry in entries:
-            if isinstance(entry, RepoFile):
-                sha256 = entry.lfs.sha256 if entry.lfs else None
-                found[entry.path] = RemoteFile(entry.path, entry.size, entry.blob_id, sha256, entry.xet_hash)
-    return found
+    return described(client, target, oid, pull_request)
 
 
 def verify_commit(client: Client, target: Target, change: Change, commit: Commit) -> None:

@@ -42,6 +42,12 @@ def batch(client: Client, target: Target, objects: Iterable[tuple[str, int]]) ->
     return answers
 
 
+def present(client: Client, target: Target, objects: Iterable[tuple[str, int]]) -> set[str]:
+    """SHA-256 of those objects that the Hub says it has; of Xet objects it may not know."""
+    answers = batch(client, target, objects)
+    return {oid for oid, answer in answers.items() if not answer.get("actions") and "error" not in answer}
+
+
 def send_lfs(client: Client, target: Target, path: str, memory: MemoryFile, sha256: str) -> None:
     """Store one object; every request is repeated as long as the client's patience lasts."""
     from huggingface_hub.errors import HfHubHTTPError

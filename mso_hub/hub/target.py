@@ -9,9 +9,10 @@ from urllib.parse import quote
 
 from mso_hub.errors import HubError, RecipeError
 from mso_hub.hub.address import Address
-from mso_hub.hub.client import Client
+from mso_hub.hub.client import Client, client_errors, status_of
+from mso_hub.hub.lookup import create_branch, refs, repo_exists
 from mso_hub.hub.pull_request import find_own, require_own
-from mso_hub.hub.xet import xet_enabled
+from mso_hub.hub.xet import token_refresh, xet_enabled
 
 DEFAULT = "main"
 """Default branch of every repo on the Hub."""
@@ -118,7 +119,7 @@ def look(client: Client, wish: Wish) -> Access:
     wish.require_consistent()
     repo, what = wish.address.repo_id, str(wish.address)
     account = require_account(client, what)
-    target = Target(repo, wish.revision, wish.create_pr, xet_enabled())
+    target = Target(repo, wish.revision, wish.create_pr)
     if not repo_exists(client, repo):
         return _to_be_created(client, wish, Access(target, account, exists=False))
     if wish.create_pr:
@@ -148,22 +149,6 @@ def require_account(client: Client, what: str) -> str:
     return str(said["name"])
 
 
-def repo_exists(client: Client, repo: str) -> bool:
-    """Is there such a repo, as far as this account may know?"""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    def once() -> bool:
-        try:
-            client.api.model_info(repo)
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            return False
-        return True
-
-    return client.attempt(once, what=f"hf://{repo}")
-
-
 def _to_be_created(client: Client, wish: Wish, access: Access) -> Access:
     what = f"hf://{wish.address.repo_id}"
     if wish.create_pr:
@@ -176,10 +161,10 @@ def _to_be_created(client: Client, wish: Wish, access: Access) -> Access:
 def _is_branch(client: Client, wish: Wish) -> bool:
     """Is the wished revision a branch? False when it may be created; HubError when it is none and may not be."""
     repo, revision, what = wish.address.repo_id, wish.revision, str(wish.address)
-    refs = client.attempt(lambda: client.api.list_repo_refs(repo), what=what)
-    if revision in {branch.name for branch in refs.branches}:
+    branches, tags = refs(client, repo)
+    if revision in branches:
         return True
-    if revision in {tag.name for tag in refs.tags}:
+    if revision in tags:
         raise HubError(f"{what}: a commit needs a branch, {revision} is a tag; name a branch, or create one by --branch")
     if wish.branch is None and COMMIT.fullmatch(revision):
         raise HubError(f"{what}: a commit needs a branch, {revision} is a commit; name a branch, or use --branch")
@@ -188,15 +173,35 @@ def _is_branch(client: Client, wish: Wish) -> bool:
     return False
 
 
-def create(client: Client, access: Access, *, private: bool) -> None:
-    """Make the repo and the branch where they are missing."""
+def create(client: Client, access: Access, *, private: bool) -> Target:
+    """Make the repo and the branch where they are missing -> target, which knows its storage."""
     repo, target = access.target.repo_id, access.target
     if not access.exists:
         client.attempt(lambda: client.api.create_repo(repo, private=private or None, exist_ok=True), what=str(target))
     if access.missing:
         create_branch(client, repo, target.revision)
+    return replace(target, xet=_takes_xet(client, target))
 
 
-def create_branch(client: Client, repo: str, branch: str) -> None:
-    """From the head of the default branch; one that is there already is left alone."""
-    client.attempt(lambda: client.api.create_branch(repo, branch=branch, exist_ok=True), what=f"hf://{repo}@{branch}")
+def _takes_xet(client: Client, target: Target) -> bool:
+    """May this account store objects by Xet there? False where Xet is off, here or at the Hub."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    if not xet_enabled():
+        return False
+    url, headers = token_refresh(client, target.repo_id, "write", target.token_revision, create_pr=target.create_pr)
+
+    def once() -> bool:
+        response = get_session().get(url, headers=headers)
+        try:
+            hf_raise_for_status(response)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except client_errors() as error:
+            if status_of(error) == 404:
+                return False
+            raise
+        return True
+
+    return client.attempt(once, what=str(target))

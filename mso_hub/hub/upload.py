@@ -22,7 +22,7 @@ from mso_hub.hub.lfs import send_lfs
 from mso_hub.hub.memory import MemoryFile
 from mso_hub.hub.repository import RemoteFile
 from mso_hub.hub.target import Target
-from mso_hub.hub.xet import token_refresh, xet_enabled, xet_session
+from mso_hub.hub.xet import token_refresh, xet_headers, xet_session
 
 HELD = 1 << 20
 """Bytes of a file that are held back before it has to be known where it goes."""
@@ -127,10 +127,9 @@ class _XetStream:
         self._name, self._nbytes = f"{target}/{path}", nbytes
         self._client = client
         url, headers = token_refresh(client, target.repo_id, "write", target.token_revision, create_pr=target.create_pr)
-        bare = {key: value for key, value in headers.items() if key.lower() != "authorization"}
         with self._naming():
-            self._commit: Any = xet_session().new_upload_commit(
-                token_refresh_url=url, token_refresh_headers=headers, custom_headers=bare
+            self._commit: Any = xet_session(client.patience.silence).new_upload_commit(
+                token_refresh_url=url, token_refresh_headers=headers, custom_headers=xet_headers(client)
             )
             self._stream: Any = self._commit.start_upload_stream(name=path, sha256=hf_xet.COMPUTE_SHA256)
 
@@ -233,8 +232,3 @@ def duplicate(client: Client, target: Target, source: str, file: RemoteFile) -> 
     except HubError:
         return False  # another region, a storage without the feature, a permission: the bytes can still be sent
     return not response.json().get("failed")
-
-
-def use_xet(client: Client, target_repo: str) -> bool:
-    """Xet unless it is switched off here or the Hub at hand does not know it."""
-    return xet_enabled()

@@ -203,7 +203,9 @@ def _shards(steps: Sequence[Step], checkpoint: Checkpoint) -> list[ShardPlan]:
         ordered, infos = _in_order(members)
         if _is_unchanged(checkpoint.shards[name], members):
             shard = checkpoint.shards[name]
-            planned.append(ShardPlan(name, b"", shard.tensors, tuple(members), shard.nbytes))
+            place = {info.name: at for at, info in enumerate(shard.tensors)}
+            stored = sorted(members, key=lambda step: place[step.weight.home.name])
+            planned.append(ShardPlan(name, b"", shard.tensors, tuple(stored), shard.nbytes))
             continue
         header, placed = build_header(infos, name, checkpoint.shards[name].metadata)
         planned.append(ShardPlan(name, header, placed, tuple(ordered)))

@@ -97,7 +97,12 @@ def open_sink(
     if isinstance(where, str) and is_address(where):
         from mso_hub.sink.hub import HubSink
 
-        return HubSink(client or Client(on_event=on_event), parse_address(where), target or HubTarget(), fresh=fresh)
+        wish = target or HubTarget()
+        return HubSink(
+            client or Client(on_event=on_event), parse_address(where), fresh=fresh, private=wish.private,
+            branch=wish.branch, create_pr=wish.create_pr, journal_branch=wish.journal_branch, protect=wish.protect,
+            title=wish.title,
+        )  # fmt: skip
     if target is not None:
         raise RecipeError(f"{where}: private, branch, create_pr and journal_branch need a repo: write hf://org/name")
     return LocalSink(Path(where), fresh=fresh)

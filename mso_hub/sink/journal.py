@@ -85,6 +85,16 @@ def file_line(file: str, entry: Entry, extras: Mapping[str, str]) -> dict[str, o
     return {"file": file, "nbytes": entry.nbytes, "sha256": entry.sha256, **extras}
 
 
+def header_of(path: Path) -> dict[str, str]:
+    """First line of the journal at `path`, {} when there is none that can be read."""
+    try:
+        with path.open("rb") as file:
+            line = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: str(value) for key, value in line.items()} if isinstance(line, dict) else {}
+
+
 class Journal:
     """Journal of one output; holds a lock while it is open, so two runs cannot share it."""
 

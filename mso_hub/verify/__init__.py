@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from mso_hub.verify.compare import Comparison, compare_checkpoints
 from mso_hub.verify.report import Report, TensorError
-from mso_hub.verify.run import verify_checkpoint
+from mso_hub.verify.run import MANIFEST, Opened, like, open_weights, verify_checkpoint
 
-__all__ = ["Comparison", "Report", "TensorError", "compare_checkpoints", "verify_checkpoint"]
+__all__ = [
+    "MANIFEST",
+    "Comparison",
+    "Opened",
+    "Report",
+    "TensorError",
+    "compare_checkpoints",
+    "like",
+    "open_weights",
+    "verify_checkpoint",
+]

@@ -448,3 +448,47 @@ def test_a_kernel_gets_arrays_that_only_it_holds() -> None:
     for piece in ThreadEngine(1).run(plan, plan.shards, source.read, {}):
         assert all(piece.data is not earlier for earlier in pieces)
         pieces.append(piece.data)
+
+
+# --- announced reads ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["BF16 to NVFP4", "NVFP4 to BF16"])
+@pytest.mark.parametrize("once", [False, True], ids=["may read twice", "keeps every unit"])
+@pytest.mark.parametrize("memory", [MIB, 40 * MIB, 448 * MIB])
+def test_the_reads_that_are_announced_are_those_that_are_made(
+    large: dict[str, bytes], memory: int, once: bool, packed: bool
+) -> None:
+    """A source that reads ahead relies on it: each range as often as it is read, in nearly that order."""
+    source = MemorySource(converted(large, ThreadEngine(2)) if packed else large)
+    engine = ThreadEngine(1, memory)
+    plan = mso_hub.make_plan(source, Recipe(scheme="bf16" if packed else "nvfp4"))
+    source.reads.clear()
+    for _ in engine.run(plan, plan.shards, source.read, {}, once=once):
+        pass
+    announced = [entry for shard in plan.shards for entry in engine.reads(shard, once=once)]
+    assert sorted(source.reads) == sorted(announced)
+    assert packed or not once or len(set(announced)) == len(announced)
+    if len(set(announced)) == len(announced):
+        place = {entry: at for at, entry in enumerate(announced)}
+        assert max(abs(place[entry] - at) for at, entry in enumerate(source.reads)) <= 2 * engine.workers + 1
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
+def test_a_run_measures_what_encoding_did(large: dict[str, bytes], layout: str) -> None:
+    """Once for each encoded weight, on its first rows, the same number that verify finds there."""
+    source = MemorySource(large)
+    plan = mso_hub.make_plan(source, Recipe(layout=layout))
+    pieces = list(ThreadEngine(2).run(plan, plan.shards, source.read, {}, measure=True))
+    measured = {piece.step.weight.name: piece.distance for piece in pieces if piece.distance is not None}
+    assert set(measured) == {step.weight.name for shard in plan.shards for step in shard.steps if step.unit}
+    assert sum(piece.distance is not None for piece in pieces) == len(measured)
+    sink = MemorySink()
+    mso_hub.convert(source, sink, Recipe(layout=layout))
+    report = mso_hub.verify_checkpoint(MemorySource(sink.files), source=source)
+    small = {error.name: error for error in report.errors if "layers.1" in error.name}
+    for name, error in small.items():
+        assert measured[name].nmse == pytest.approx(error.nmse, rel=1e-6)
+        assert measured[name].largest == pytest.approx(error.max_abs, rel=1e-6)
+    silent = ThreadEngine(2).run(plan, plan.shards, source.read, {})
+    assert all(piece.distance is None for piece in silent)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from mso_hub.cli import read_input_scale
+from mso_hub.cli.options import read_input_scale
 from mso_hub.errors import CheckpointError, PlanError, RecipeError
 from mso_hub.formats.scales import read_input_scales
 from mso_hub.pipeline import convert

@@ -62,7 +62,7 @@ class DevHub:
     """
 
     def __init__(self, folder: Path | str, *, xet: bool = False, port: int = 0, storage_port: int = 0) -> None:
-        self.folder = Path(folder)
+        self.folder, self.xet = Path(folder), xet
         command = [sys.executable, "-m", __name__, "--dir", str(folder), "--port", str(port), "--until-eof"]
         command += ["--storage-port", str(storage_port), *(["--xet"] if xet else [])]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
@@ -78,7 +78,7 @@ class DevHub:
             raise
         self.storage = str(about["storage"])
         self.user = str(about["user"])
-        self._tokens = {role: token for token, role in about["tokens"].items()}
+        self._tokens = {str(role): str(token) for token, role in about["tokens"].items()}
 
     def _ready(self) -> str:
         line = self._process.stdout.readline() if self._process.stdout else b""
@@ -131,8 +131,8 @@ class DevHub:
 
     def add_user(self, name: str, orgs: Sequence[str] = (), role: str = "write") -> str:
         """A new user, or new organizations for an old one; answers with a token of the role write or read."""
-        tokens: Mapping[str, str] = self._call("POST", "users", {"name": name, "orgs": list(orgs)})
-        return tokens[role]
+        tokens: Any = self._call("POST", "users", {"name": name, "orgs": list(orgs)})
+        return str(tokens[role])
 
     def fail(self, match: str, **effect: Any) -> None:
         """Make requests go wrong whose "METHOD /path" the regular expression matches; see `faults.Fault`."""

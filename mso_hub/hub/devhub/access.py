@@ -116,4 +116,6 @@ def require_write(caller: Caller, repo: Repo, revision: str | None = None) -> No
         number = int(revision.removeprefix(PULL))
         if repo.discussions[number - 1]["author"]["name"] == caller.name:
             return
-    raise Refused(403, f"Forbidden: {caller.name} may not write to {repo.id}; pass `create_pr=1` as a query parameter")
+    raise Refused(
+        403, f"Forbidden: {repo.id} is not yours, pass `create_pr=1` as a query parameter to create a Pull Request"
+    )

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from mso_hub.hub.devhub.access import require_files, require_owner, require_read, require_write
+from mso_hub.hub.devhub.disk import pointer_size
 from mso_hub.hub.devhub.repos import BRANCH, Refused, Repo
 from mso_hub.hub.devhub.state import Call, Reply, json_reply
 
@@ -159,7 +160,7 @@ def _facts(repo: Repo, sha: str, *, blobs: bool) -> dict[str, Any]:
         if blobs:
             sibling |= {"size": entry.size, "blobId": entry.oid}
             if entry.sha256:
-                sibling["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": 134}
+                sibling["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": pointer_size(entry)}
         siblings.append(sibling)
     facts = {
         "_id": repo.id, "id": repo.id, "author": repo.owner, "sha": sha, "lastModified": commit.date,

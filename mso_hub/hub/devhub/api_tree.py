@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from mso_hub.hub.devhub.access import require_write
-from mso_hub.hub.devhub.disk import Contents, Entry
+from mso_hub.hub.devhub.disk import Contents, Entry, pointer_size
 from mso_hub.hub.devhub.repos import BRANCH, PULL, TAG, Refused, Repo, Tree, require_ref_name
 from mso_hub.hub.devhub.state import Call, Reply, json_reply
 
@@ -18,7 +18,7 @@ def file_facts(contents: Contents, path: str, entry: Entry) -> dict[str, Any]:
     """A file as the tree lists it."""
     facts: dict[str, Any] = {"type": "file", "oid": entry.oid, "size": entry.size, "path": path}
     if entry.sha256:
-        facts["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": 134}
+        facts["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": pointer_size(entry)}
         xet_hash = contents.xet_hash(entry.sha256)
         if xet_hash:
             facts["xetHash"] = xet_hash

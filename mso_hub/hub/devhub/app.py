@@ -15,7 +15,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
-from mso_hub.errors import RecipeError
 from mso_hub.hub.devhub import api_discussions, api_files, api_repos, api_tree, api_upload, control
 from mso_hub.hub.devhub.access import Caller
 from mso_hub.hub.devhub.faults import Fault
@@ -24,6 +23,9 @@ from mso_hub.hub.devhub.state import Call, Reply, State
 from mso_hub.hub.devhub.wire import Receive, Record, Scope, Send, Wire, header
 
 Handler = Callable[[Call], Reply]
+
+OTHER_NAME = {"127.0.0.1": "localhost", "localhost": "127.0.0.1"}
+"""Older clients tell origins apart by host name alone, and would send their token to another port of the same."""
 
 _REPO = "/api/{kind:kind}/{owner}/{name}"
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
@@ -87,6 +89,12 @@ def _refusal(status: int, message: str, code: str = "", headers: Mapping[str, st
     return Response(json.dumps({"error": message}), status, given, "application/json")
 
 
+async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    """What no route serves; a repo without an owner (gpt2) is a repo that does not exist."""
+    of_repo = re.match(r"/api/(models|datasets|spaces)/|.*/resolve/", scope["path"])
+    await _refusal(404, f"Nothing at {scope['path']}", "RepoNotFound" if of_repo else "")(scope, receive, send)
+
+
 class App:
     """ASGI application for the sockets of the hub and of the storage origin."""
 
@@ -96,7 +104,7 @@ class App:
         for kind in ("datasets", "spaces", ""):
             prefix = f"/{kind}" if kind else ""
             routes += [self._route(m, prefix + path, handler, kind or "models") for m, path, handler in PAGES]
-        self._router = Router([route for group in routes for route in group], redirect_slashes=False)
+        self._router = Router([route for group in routes for route in group], redirect_slashes=False, default=_nothing)
 
     def _route(self, method: str, path: str, handler: Handler, kind: str | None = None) -> list[Route]:
         """Routes of one handler; {kind:kind} stands for each kind of repo."""
@@ -152,7 +160,7 @@ class App:
             reply = await run_in_threadpool(handler, call)
         except Refused as error:
             return _refusal(error.status, error.message, error.code, error.headers)
-        except RecipeError as error:  # of the control handlers
+        except ValueError as error:  # not JSON, not base64, not a number; RecipeError of the control handlers
             return _refusal(400, str(error))
         return Response(reply.body, reply.status, dict(reply.headers))
 
@@ -171,6 +179,6 @@ class App:
             headers=request.headers,
             body=body,
             hub=f"http://{name}:{self._ports['hub']}",
-            storage=f"http://{name}:{self._ports['storage']}",
+            storage=f"http://{OTHER_NAME.get(name, name)}:{self._ports['storage']}",
             token_expiry=fault.token_expiry,
         )

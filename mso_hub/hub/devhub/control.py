@@ -20,7 +20,7 @@ def about(call: Call) -> Reply:
 
 def add_faults(call: Call) -> Reply:
     """POST /_devhub/faults: one fault or a list of them."""
-    asked = json.loads(call.body)
+    asked = json.loads(call.body)  # a ValueError becomes a 400
     faults = [fault_from_json(value) for value in (asked if isinstance(asked, list) else [asked])]
     call.state.faults.add(faults)
     return json_reply([asdict(fault) for fault in faults])

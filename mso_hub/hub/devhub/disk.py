@@ -60,6 +60,11 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
+def pointer_size(entry: Entry) -> int:
+    """Bytes of the pointer of an LFS file."""
+    return len(lfs_pointer(entry.sha256 or "", entry.size))
+
+
 class XetIndex:
     """sha256 -> (Xet hash, bytes), read from the shards that Xet clients leave in a local CAS."""
 

@@ -49,6 +49,10 @@ class Fault:
             re.compile(self.match)
         except (re.error, TypeError) as error:
             raise RecipeError(f"match: must be a regular expression, got {self.match!r} ({error})") from error
+        for name in ("after", "cut", "stall", "corrupt"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise RecipeError(f"{name}: must be a whole number of at least 0, got {value!r}")
         if self.origin not in {"", "hub", "storage"}:
             raise RecipeError(f"origin: must be hub, storage or empty, got {self.origin!r}")
         if self.status and not 200 <= self.status <= 599:

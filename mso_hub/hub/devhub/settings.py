@@ -60,8 +60,10 @@ class Tuning:
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-                raise RecipeError(f"{name}: must be a number of at least {least}, got {value!r}")
+            whole = isinstance(least, int)
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value >= least:
+                kind = "a whole number" if whole else "a number"
+                raise RecipeError(f"{name}: must be {kind} of at least {least}, got {value!r}")
 
     def changed(self, changes: Mapping[str, Any]) -> Tuning:
         """A copy with some values replaced; RecipeError for a name or a value that cannot be."""
@@ -72,7 +74,8 @@ class Tuning:
 
 
 LEAST: Mapping[str, float] = {
-    "url_lifetime": 0, "page_size": 1, "bandwidth_down": 0, "bandwidth_up": 0, "part_size": 1, "multipart_above": 0,
+    "url_lifetime": 0.0, "page_size": 1, "bandwidth_down": 0.0, "bandwidth_up": 0.0, "part_size": 1,
+    "multipart_above": 0,
 }  # fmt: skip
 
 

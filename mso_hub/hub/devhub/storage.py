@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Storage:
                 return
             verb, sha256, rest = found[1], found[2], found[3] or ""
             if verb == "files":
-                await self._send_file(scope, send, sha256)
+                await self._send_file(scope, receive, send, sha256)
             elif verb == "objects":
                 await self._take_object(receive, send, sha256, int(rest))
             elif verb == "parts":
@@ -91,7 +91,7 @@ class Storage:
             pass
         await respond(send, status, text.encode())
 
-    async def _send_file(self, scope: Scope, send: Send, sha256: str) -> None:
+    async def _send_file(self, scope: Scope, receive: Receive, send: Send, sha256: str) -> None:
         size = await asyncio.to_thread(self._contents.size, sha256)
         if size is None:
             await respond(send, 404, b"NoSuchKey: no such object")
@@ -111,15 +111,23 @@ class Storage:
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body", "body": b""})
             return
-        pieces = self._contents.pieces(Entry(size, "", sha256), start, stop)
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-            view = memoryview(piece)
-            while view:
-                step = view[: self.down.step]
-                await self.down.take(len(step))
-                await send({"type": "http.response.body", "body": bytes(step), "more_body": True})
-                view = view[len(step) :]
-        await send({"type": "http.response.body", "body": b""})
+        await self._send_pieces(receive, send, self._contents.pieces(Entry(size, "", sha256), start, stop))
+
+    async def _send_pieces(self, receive: Receive, send: Send, pieces: Iterator[bytes]) -> None:
+        gone = asyncio.create_task(_until_gone(receive))  # `send` does not tell that nobody listens
+        try:
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                view = memoryview(piece)
+                while view:
+                    step = view[: self.down.step]
+                    await self.down.take(len(step))
+                    if gone.done():
+                        return
+                    await send({"type": "http.response.body", "body": bytes(step), "more_body": True})
+                    view = view[len(step) :]
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            gone.cancel()
 
     async def _body(self, receive: Receive) -> AsyncIterator[bytes]:
         """The request body in pieces of about CHUNK bytes."""
@@ -209,6 +217,11 @@ class Storage:
         await asyncio.to_thread(self._contents.accept, upload.path, sha256)
         del self._uploads[name]
         await respond(send, 200, b'{"success":true}', {"content-type": "application/json"})
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def byte_range(value: str | None, size: int) -> tuple[int, int] | None:

@@ -1,0 +1,64 @@
+"""Uploads that go on while the next file is produced: one after another, and few enough to bound the memory."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+STOPPING = 10.0
+"""Seconds that an upload has to notice that it was aborted."""
+
+
+class _Abortable(Protocol):
+    def abort(self) -> None:
+        """End at once, from any thread."""
+
+
+class Background:
+    """Jobs on a thread of their own; what one raises comes out of the next call here."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
+        self._pending: deque[tuple[_Abortable, Future[None]]] = deque()
+        # Not a pool: that would keep the process alive until a Hub that does not answer has used up its patience.
+        self._thread = threading.Thread(target=self._run, name="mso-upload", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            future, job = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                job()
+            except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks for the result
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+    def add(self, upload: _Abortable, job: Callable[[], None]) -> None:
+        """Run `job` after those before it; `upload` is what to abort when it is no longer wanted."""
+        future: Future[None] = Future()
+        self._pending.append((upload, future))
+        self._jobs.put((future, job))
+
+    def settle(self, most: int) -> None:
+        """Wait until at most `most` jobs are left; raises what a finished one raised."""
+        while self._pending and (len(self._pending) > most or self._pending[0][1].done()):
+            future = self._pending[0][1]
+            future.exception()  # waits; an interrupt here must not lose the job
+            self._pending.popleft()
+            future.result()
+
+    def stop(self) -> None:
+        """Abort what is left."""
+        for upload, future in self._pending:
+            future.cancel()
+            upload.abort()
+        self._pending.clear()
+        self._jobs.put(None)
+        self._thread.join(STOPPING)

@@ -1,0 +1,97 @@
+"""The journal on a branch of the target repo, so that another machine can go on.
+
+Each stored shard is one commit there: its pointer, which keeps the object from being collected, and `mso_hub.journal`.
+The parent of every commit is the one before it, so a second writer is noticed at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from mso_hub.errors import RecipeError, ResumeError
+from mso_hub.hub.client import Client
+from mso_hub.hub.commit import Change, MovedError, Put, send_commit
+from mso_hub.hub.lookup import create_branch, delete_branch, head_of, read_small, refs
+from mso_hub.hub.target import Target
+from mso_hub.sink.journal import Progress
+
+FILE = "mso_hub.journal"
+
+
+class Mirror:
+    """A journal branch; it is made with the first shard."""
+
+    def __init__(self, client: Client, target: Target, branch: str, account: str) -> None:
+        if branch == target.revision or target.in_pull_request:
+            raise RecipeError(
+                f"{target}: --journal_branch {branch} needs a branch of its own in a repo that this account may write "
+                f"to, the output goes to {'a pull request' if target.in_pull_request else 'the same branch'}; "
+                "leave it away, or choose another one"
+            )
+        self._client, self._account = client, account
+        self._target = Target(target.repo_id, branch)
+        self._parent: str | None = None
+        self._kept: set[str] = set()
+
+    def load(self, job: str, *, fresh: bool) -> Progress:
+        """What an earlier run, on whatever machine, wrote down; ResumeError for another job's."""
+        repo, branch, progress = self._target.repo_id, self._target.revision, Progress(job)
+        if branch not in refs(self._client, repo)[0]:
+            return progress
+        if fresh:
+            delete_branch(self._client, repo, branch)
+            return progress
+        self._parent = head_of(self._client, repo, branch)
+        text = read_small(self._client, repo, FILE, self._parent)
+        if text is None:
+            raise ResumeError(
+                f"{self._target}: --journal_branch must be new or of an earlier run, this branch has no {FILE}; "
+                "choose another name"
+            )
+        progress.load(str(self._target), text)
+        self._kept = set(progress.files)
+        return progress
+
+    def save(self, progress: Progress) -> None:
+        """Bring the branch up to date; ResumeError when somebody else wrote there."""
+        objects = {n: e for n, e in progress.files.items() if "content" not in progress.extras[n]}
+        if objects.keys() == self._kept:
+            return
+        lines = [line for line in progress.lines() if "content" not in line]
+        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        puts: Mapping[str, Put] = {
+            **{name: Put(entry.nbytes, entry.sha256) for name, entry in objects.items() if name not in self._kept},
+            FILE: Put.of(text),
+        }
+        parent = self._parent or self._begun()
+        title = f"{len(objects)} shards are stored"
+        try:
+            change = Change(parent, title, self._account, puts=puts)
+            self._parent = send_commit(self._client, self._target, change).oid
+        except MovedError:
+            raise self._taken() from None
+        self._kept = set(objects)
+
+    def _begun(self) -> str:
+        """Head of the new branch; ResumeError when somebody made it since `load`."""
+        repo, branch = self._target.repo_id, self._target.revision
+        create_branch(self._client, repo, branch)
+        head = head_of(self._client, repo, branch)
+        if read_small(self._client, repo, FILE, head) is not None:
+            raise self._taken()
+        return head
+
+    def _taken(self) -> ResumeError:
+        return ResumeError(
+            f"{self._target}: another process is writing the same output, on this machine or another; "
+            "wait for it to end"
+        )
+
+    def remove(self) -> None:
+        """Delete the branch, when there is one."""
+        repo, branch = self._target.repo_id, self._target.revision
+        if branch in refs(self._client, repo)[0]:
+            delete_branch(self._client, repo, branch)
+        self._parent = None
+        self._kept = set()
