@@ -40,12 +40,13 @@ def convert(
 ) -> Plan:
     """Write the checkpoint at `source` to `sink` as the recipe says; continues an unfinished run of the same job.
 
-    source, sink  folders, `hf://org/name@revision`, or objects that speak the protocols
+    source, sink  folders, `hf://org/name@revision`, or objects that speak the protocols; a source object is left open
     engine        threads and memory; by default all processors and 448 MiB of weights in flight
     card          write a model card in place of the source's README.md
     base_model    repo id for the card, where the source does not tell
     Raises MsoError (see errors.py); nothing is visible at the sink unless this returns.
     """
+    given = source
     source, sink = _opened(source, sink, on_event)
     engine = engine or ThreadEngine()
     try:
@@ -68,7 +69,8 @@ def convert(
         closing = {CARD: write_card(plan, source, sink, base_model)} if card else {}
         sink.commit(_manifest(plan, source, {**sink.entries, **_digests(closing)}), closing)
     finally:
-        source.close()
+        if source is not given:
+            source.close()
         sink.close()
     on_event(Published(sink.name, sum(sizes.values())))
     return plan

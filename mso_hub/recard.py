@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mso_hub.hub import Client, parse_address
 from mso_hub.hub.model_card import commit_texts
 from mso_hub.plan.summary import kind_of
 from mso_hub.source import Source, open_source
-from mso_hub.verify import MANIFEST, Opened, Report, like, open_weights, verify_checkpoint
+from mso_hub.verify import MANIFEST, Opened, Report, like, opening, verify_checkpoint
 
 
 def make_card(where: str | Path, *, source: str | Path | None = None, base_model: str | None = None) -> bytes:
@@ -33,16 +34,11 @@ def make_card(where: str | Path, *, source: str | Path | None = None, base_model
             f"{report.where}: no card for a checkpoint with {len(report.problems)} problems, the first: "
             f"{report.problems[0]}; `mso-hub verify` lists them"
         )
-    mine = open_weights(where)
-    theirs = like(open_weights(source), mine) if source is not None else None
-    try:
-        return render(
-            _facts(mine, theirs, report, base_model), _card_of(theirs.source if theirs else mine.source)
-        ).encode()
-    finally:
-        for opened in (mine, theirs):
-            if opened is not None:
-                opened.source.close()
+    with ExitStack() as stack:
+        mine = stack.enter_context(opening(where))
+        theirs = like(stack.enter_context(opening(source)), mine) if source is not None else None
+        original = _card_of((theirs or mine).source)
+        return render(_facts(mine, theirs, report, base_model), original).encode()
 
 
 def _card_of(source: Source) -> str:

@@ -10,6 +10,7 @@ import errno
 import gc
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,6 @@ def execute(options: dict[str, Any], recipe: Recipe) -> None:
     from mso_hub.pipeline import convert
     from mso_hub.progress import Bar, listener
     from mso_hub.sink import open_sink
-    from mso_hub.source import open_source
 
     check_hardware(options["device"], options["num_gpus"])
     engine = ThreadEngine(options["workers"], read_size(options["memory_budget"]))
@@ -88,18 +88,25 @@ def execute(options: dict[str, Any], recipe: Recipe) -> None:
     target = hub_target(options, recipe)
     fresh = options["fresh"] or not options["resume"]
     try:
-        source = open_source(options["input_dir"], on_event=show)
         sink = open_sink(options["output_dir"], fresh=fresh, target=target, on_event=show)
         card = is_address(options["output_dir"])
-        plan = convert(source, sink, recipe, engine=engine, card=card, base_model=options["base_model"], on_event=show)
+        plan = convert(
+            options["input_dir"],
+            sink,
+            recipe,
+            engine=engine,
+            card=card,
+            base_model=options["base_model"],
+            on_event=show,
+        )
     finally:
         if isinstance(show, Bar):
             show.close()
     if not options["quiet"] and options["progress"] == "bar":
-        click.echo(closing(plan, options["output_dir"], sink.where))
+        click.echo(closing_lines(plan, options["output_dir"], sink.where))
 
 
-def closing(plan: Plan, where: str, seen: str) -> str:
+def closing_lines(plan: Plan, where: str, seen: str) -> str:
     """Two lines: what happened, what to do next.
 
     where  what was asked for
@@ -174,20 +181,21 @@ def extract(config: str, output: str | None, verbose: bool) -> None:
 
 @main.command()
 @click.argument("source", callback=given, required=False)
-@opt("input_dir", metavar="DIR", help="The same as SOURCE.")
+@opt("input_dir", metavar="WHERE", help="The same as SOURCE.")
 @JSON
 def inspect(source: str | None, input_dir: str | None, json: bool) -> None:
     """Show what a checkpoint holds, from its headers."""
     from mso_hub.display import inspect_dict, inspect_text
     from mso_hub.source import open_source, read_checkpoint
 
-    checkpoint = read_checkpoint(open_source(one_of(source, input_dir)))
+    with closing(open_source(one_of(source, input_dir))) as opened:
+        checkpoint = read_checkpoint(opened)
     emit(inspect_dict(checkpoint) if json else inspect_text(checkpoint))
 
 
 @main.command()
 @click.argument("source", callback=given, required=False)
-@opt("input_dir", metavar="DIR", help="The same as SOURCE.")
+@opt("input_dir", metavar="WHERE", help="The same as SOURCE.")
 @SCHEME
 @JSON
 def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -156,10 +157,11 @@ def build_recipe(options: dict[str, Any]) -> Recipe:
 
 
 def read_input_scale(text: str | None) -> tuple[float | None, dict[str, float]]:
-    """`1.0` -> one scale for all; a folder or a .safetensors file -> a scale per module."""
+    """`1.0` -> one scale for all; a folder, a .safetensors file or hf://org/name -> a scale per module."""
     from mso_hub.checkpoint import TensorInfo
     from mso_hub.formats.scales import read_input_scales
-    from mso_hub.source import LocalSource
+    from mso_hub.hub import is_address
+    from mso_hub.source import open_source
     from mso_hub.source.scan import read_shard
 
     if text is None:
@@ -168,14 +170,18 @@ def read_input_scale(text: str | None) -> tuple[float | None, dict[str, float]]:
         return float(text), {}
     except ValueError:
         path = Path(text)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    absent = f"--input_scale {text}: needs a number or a checkpoint with input scales, found none there"
+    if not is_address(text) and not path.exists():
+        raise RecipeError(absent)
+    single = path.name if path.is_file() else None
     tensors: list[TensorInfo] = []
-    source = LocalSource(path.parent if path.is_file() else path)
-    for file in files:
-        tensors += read_shard(source, file.name, file.stat().st_size).tensors
-    scales = read_input_scales(tensors, source.read)
+    with closing(open_source(str(path.parent) if single else text)) as source:
+        files = {n: s for n, s in source.files().items() if n == single or (not single and n.endswith(".safetensors"))}
+        for name, nbytes in files.items():
+            tensors += read_shard(source, name, nbytes).tensors
+        scales = read_input_scales(tensors, source.read)
     if not scales:
-        raise RecipeError(f"--input_scale {text}: needs a number or a checkpoint with input scales, found none there")
+        raise RecipeError(absent)
     return None, scales
 
 

@@ -140,8 +140,11 @@ class Client:
 
         return self.attempt(once, what=what)
 
-    def attempt(self, call: Callable[[], T], *, what: str) -> T:
-        """Result of `call`; repeats it while the Hub is busy or gone, raises HubError or TransientError otherwise."""
+    def attempt(self, call: Callable[[], T], *, what: str, wait: Callable[[float], object] = time.sleep) -> T:
+        """Result of `call`; repeats it while the Hub is busy or gone, raises HubError or TransientError otherwise.
+
+        wait  sleeps; may raise to end the attempts
+        """
         started, tries = time.monotonic(), 0
         while True:
             try:
@@ -149,26 +152,41 @@ class Client:
             except MsoError:
                 raise
             except client_errors() as error:
-                if not _may_pass(error):
-                    raise self.explain(error, what) from _quiet(error)
-                seconds = asked_wait(error)
-                seconds = self.patience.wait(tries) if seconds is None else seconds
-                self.pause(seconds, started, what, error)
-                tries += 1
+                failure = error
+            # Outside of the handler: a new error must not drag the old one along, whose request holds the token.
+            if not may_pass(failure):
+                raise self.explain(failure, what)
+            self.pause(tries, started, what, failure, wait)
+            tries += 1
 
-    def pause(self, seconds: float, started: float, what: str, why: Exception) -> None:
-        """Sleep before another try; TransientError when the patience ends before that.
+    def pause(
+        self, tries: int, started: float, what: str, why: Exception, wait: Callable[[float], object] = time.sleep
+    ) -> None:
+        """Sleep before another try, as long as the server asks for; TransientError when the patience ends before that.
 
+        tries    repetitions so far
         started  time.monotonic() of the first try
         """
-        reason = self.clean(reason_of(why))
-        if time.monotonic() - started + seconds > self.patience.total:
+        reason, asked = self.clean(reason_of(why)), asked_wait(why)
+        seconds = self.patience.wait(tries) if asked is None else asked
+        passed = time.monotonic() - started
+        if passed + seconds > self.patience.total:
+            wish = "" if asked is None else f" and asks to wait {asked:.0f} s"
             raise TransientError(
-                f"{what}: {reason}; gave up after {time.monotonic() - started:.0f} s of at most "
+                f"{what}: {reason}{wish}; gave up after {passed:.0f} s of at most "
                 f"{self.patience.total:.0f} s; what is complete is kept, run the same command later"
-            ) from None
+            )
         self.on_event(Waiting(what, round(seconds, 1), reason))
-        time.sleep(seconds)
+        wait(seconds)
+
+    def http(self) -> Any:
+        """An httpx client of its own, made as huggingface_hub makes its own: proxies, certificates, time limit.
+
+        It carries no token: headers() has to be given to requests that go to the Hub itself.
+        """
+        from huggingface_hub.utils import _http
+
+        return _http._GLOBAL_CLIENT_FACTORY()  # noqa: SLF001 - what a user gave to set_client_factory must hold here too
 
     def explain(self, error: Exception, what: str) -> MsoError:
         """What an error of the Hub means for the user."""
@@ -207,7 +225,7 @@ def status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
     """Could the same request succeed later?"""
     from huggingface_hub.utils import httpx
 
@@ -241,11 +259,6 @@ def reason_of(error: Exception) -> str:
     if status is not None:
         return f"the server answered {status}"
     return f"no answer ({type(error).__name__}: {error})"
-
-
-def _quiet(error: Exception) -> Exception | None:
-    """The cause that may be shown: a response carries headers and signed URLs, which belong in no traceback."""
-    return None if status_of(error) is not None else error
 
 
 def _meaning(error: Exception, what: str, client: Client) -> str:

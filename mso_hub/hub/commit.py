@@ -14,16 +14,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mso_hub.errors import HubError
-from mso_hub.hub.client import Client, status_of
+from mso_hub.errors import HubError, MsoError
+from mso_hub.hub.client import Client, client_errors, may_pass, status_of
 from mso_hub.hub.lookup import head_of, paths_info
 from mso_hub.hub.pull_request import find_own
 from mso_hub.hub.repository import RemoteFile
 from mso_hub.hub.target import Target
+
+LOOKS = 3
+"""Times that a commit is compared with what was sent before it counts as wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +94,21 @@ def git_oid(content: bytes) -> str:
 def send_commit(client: Client, target: Target, change: Change) -> Commit:
     """Make the commit, once; MovedError, VanishedError or another HubError when the Hub refuses it."""
     body = b"".join(json.dumps(line).encode() + b"\n" for line in _lines(change))
-    tries = 0
-
-    def once() -> Commit:
-        nonlocal tries
+    started, tries = time.monotonic(), 0
+    while True:
+        try:
+            return _post(client, target, change, body)
+        except MsoError:
+            raise
+        except client_errors() as error:
+            failure = error
+        if not may_pass(failure):
+            raise client.explain(failure, str(target))
+        client.pause(tries, started, str(target), failure)
         tries += 1
-        earlier = _landed(client, target, change) if tries > 1 else None
-        return earlier or _post(client, target, change, body)
-
-    return client.attempt(once, what=str(target))
+        earlier = _landed(client, target, change)
+        if earlier is not None:
+            return earlier
 
 
 def _lines(change: Change) -> Iterable[dict[str, Any]]:
@@ -167,15 +177,19 @@ def _landed(client: Client, target: Target, change: Change) -> Commit | None:
 
 def verify_commit(client: Client, target: Target, change: Change, commit: Commit) -> None:
     """HubError when the Hub shows other files than were sent."""
-    found = paths_info(client, target.repo_id, list(change.puts), commit.oid)
-    for path, put in change.puts.items():
-        if not put.is_in(found.get(path)):
-            file = found.get(path)
-            what = f"{file.nbytes:,} bytes, {file.sha256 or file.blob_id}" if file else "nothing"
-            raise HubError(
-                f"{target}/{path}: commit {commit.oid[:12]} must hold {put.nbytes:,} bytes with SHA-256 {put.sha256}, "
-                f"the Hub shows {what}; do not use it, run the same command with --fresh"
-            )
+    for tries in range(LOOKS):
+        found = paths_info(client, target.repo_id, list(change.puts), commit.oid)
+        wrong = [path for path, put in change.puts.items() if not put.is_in(found.get(path))]
+        if not wrong:
+            return
+        if tries < LOOKS - 1:
+            time.sleep(client.patience.wait(tries))  # one of its servers may lag behind
+    path, put, file = wrong[0], change.puts[wrong[0]], found.get(wrong[0])
+    what = f"{file.nbytes:,} bytes, {file.sha256 or file.blob_id}" if file else "nothing"
+    raise HubError(
+        f"{target}/{path}: commit {commit.oid[:12]} must hold {put.nbytes:,} bytes with SHA-256 {put.sha256}, "
+        f"the Hub shows {what}; do not use it, run the same command with --fresh"
+    )
 
 
 def require_valid_card(client: Client, target: Target, content: bytes) -> None:
@@ -192,7 +206,7 @@ def require_valid_card(client: Client, target: Target, content: bytes) -> None:
 
     errors = client.attempt(once, what=f"{target}/README.md").get("errors") or []
     if errors:
-        said = "; ".join(str(error.get("message")) for error in errors)
+        said = " ".join("; ".join(str(error.get("message")) for error in errors).split())
         raise HubError(f"{target}/README.md: the Hub does not take its metadata: {client.clean(said)}; correct it")
 
 
@@ -200,5 +214,3 @@ def absent(error: VanishedError, puts: Mapping[str, Put]) -> list[str]:
     """Paths whose object an answer of the Hub names; empty when it names none."""
     said = str(error)
     return [path for path, put in puts.items() if put.content is None and (put.sha256 in said or path in said)]
-
-

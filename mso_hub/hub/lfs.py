@@ -79,10 +79,13 @@ def _transfer(client: Client, what: str, upload: dict[str, Any], memory: MemoryF
     if not chunk:
         _put(client, what, upload["href"], memory, (0, memory.nbytes), header)
         return
+    urls = {int(key): str(url) for key, url in header.items() if key.isdigit()}  # "00001" on the Hub
+    if sorted(urls) != list(range(1, -(-memory.nbytes // chunk) + 1)):
+        raise HubError(f"{what}: {memory.nbytes:,} bytes in parts of {chunk:,} cannot go to {len(urls)} addresses")
     parts = []
-    for number in range(1, -(-memory.nbytes // chunk) + 1):
+    for number, url in sorted(urls.items()):
         span = ((number - 1) * chunk, min(number * chunk, memory.nbytes))
-        response = _put(client, what, str(header[str(number)]), memory, span, {})
+        response = _put(client, what, url, memory, span, {})
         parts.append({"partNumber": number, "etag": response.headers["etag"]})
     body = {"oid": sha256, "parts": parts}
     _storage(client, what, "POST", upload["href"], json=body, headers={"Accept": MIME, "Content-Type": MIME})
@@ -94,7 +97,9 @@ def _put(
     def content() -> Iterator[bytes]:
         yield from memory.blocks(*span)
 
-    return _storage(client, what, "PUT", url, headers={**headers, "Content-Length": str(span[1] - span[0])}, content=content)
+    return _storage(
+        client, what, "PUT", url, headers={**headers, "Content-Length": str(span[1] - span[0])}, content=content
+    )
 
 
 def _storage(client: Client, what: str, method: str, url: str, **settings: Any) -> Any:

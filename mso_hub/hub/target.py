@@ -121,7 +121,7 @@ def look(client: Client, wish: Wish) -> Access:
     account = require_account(client, what)
     target = Target(repo, wish.revision, wish.create_pr)
     if not repo_exists(client, repo):
-        return _to_be_created(client, wish, Access(target, account, exists=False))
+        return _to_be_created(wish, Access(target, account, exists=False))
     if wish.create_pr:
         client.attempt(lambda: client.api.auth_check(repo), what=what)
         earlier = find_own(client, repo, account, wish.title)
@@ -149,7 +149,7 @@ def require_account(client: Client, what: str) -> str:
     return str(said["name"])
 
 
-def _to_be_created(client: Client, wish: Wish, access: Access) -> Access:
+def _to_be_created(wish: Wish, access: Access) -> Access:
     what = f"hf://{wish.address.repo_id}"
     if wish.create_pr:
         raise HubError(f"{what}: a pull request needs a repo, found none; check the name, or leave --create_pr away")
@@ -165,7 +165,9 @@ def _is_branch(client: Client, wish: Wish) -> bool:
     if revision in branches:
         return True
     if revision in tags:
-        raise HubError(f"{what}: a commit needs a branch, {revision} is a tag; name a branch, or create one by --branch")
+        raise HubError(
+            f"{what}: a commit needs a branch, {revision} is a tag; name a branch, or create one by --branch"
+        )
     if wish.branch is None and COMMIT.fullmatch(revision):
         raise HubError(f"{what}: a commit needs a branch, {revision} is a commit; name a branch, or use --branch")
     if wish.branch is None and revision != DEFAULT:

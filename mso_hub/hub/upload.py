@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mso_hub.hub.client import Client
 from mso_hub.errors import HubError, MsoError, SinkError, TransientError
+from mso_hub.hub.client import Client
 from mso_hub.hub.lfs import send_lfs
 from mso_hub.hub.memory import MemoryFile
 from mso_hub.hub.repository import RemoteFile
@@ -136,11 +136,18 @@ class _XetStream:
     @contextmanager
     def _naming(self) -> Iterator[None]:
         """What hf_xet raises -> TransientError: its own retries are used up, and the bytes must be produced again."""
+        from hf_xet import XetAuthenticationError as refused  # noqa: N813 - an error class as it is used below
+
         try:
             yield
         except MsoError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, refused):
+                raise HubError(
+                    f"{self._name}: Xet storage refuses this account: {self._client.clean(error)}; check that the "
+                    "token may still write, then run the same command again"
+                ) from None
             raise TransientError(
                 f"{self._name}: {self._nbytes:,} bytes could not be stored: {self._client.clean(error)}; "
                 "what is complete is kept, run the same command again"
@@ -154,8 +161,12 @@ class _XetStream:
     def finish(self, sha256: str) -> str:
         """Finalise: from here on the object survives a crash."""
         with self._naming():
-            stored = self._stream.finish().xet_info
-            self._commit.wait_to_finish()
+            stream, commit = self._stream, self._commit
+            if commit is None:
+                raise SinkError(f"{self._name}: was given up before all of its {self._nbytes:,} bytes were stored")
+            stored = stream.finish().xet_info
+            commit.wait_to_finish()
+            self._stream = self._commit = None  # they hold connections and buffers
         if (stored.sha256, stored.file_size) != (sha256, self._nbytes):
             raise HubError(
                 f"{self._name}: wrote {self._nbytes:,} bytes with SHA-256 {sha256}, Xet storage took "
@@ -164,12 +175,17 @@ class _XetStream:
         return str(stored.hash)
 
     def abort(self) -> None:
-        """Cancel."""
+        """Cancel; `finish` on another thread then raises."""
+        stream, commit = self._stream, self._commit
+        if commit is None:
+            return
         try:
-            self._stream.abort()
-            self._commit.abort()
+            stream.abort()
+            commit.abort()
         except (OSError, RuntimeError):
             return  # it is over already, one way or the other
+        finally:
+            self._stream = self._commit = None
 
 
 class _LfsObject:
@@ -224,9 +240,7 @@ def duplicate(client: Client, target: Target, source: str, file: RemoteFile) -> 
         "files": [{"xetHash": file.xet_hash, "sha256": file.sha256, "filename": file.path}],
     }
     try:
-        response = client.request(
-            "POST", f"/api/models/{source}/lfs-files/duplicate", what=str(target), json=body
-        )
+        response = client.request("POST", f"/api/models/{source}/lfs-files/duplicate", what=str(target), json=body)
     except TransientError:
         raise
     except HubError:

@@ -22,7 +22,7 @@ _LOCK = threading.Lock()
 
 def xet_enabled() -> bool:
     """Is hf_xet installed, and not switched off by HF_HUB_DISABLE_XET?"""
-    from huggingface_hub.utils import is_xet_available
+    from huggingface_hub.utils._runtime import is_xet_available
 
     return bool(is_xet_available())
 

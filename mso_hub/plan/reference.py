@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from mso_hub.errors import RecipeError
+from mso_hub.hub import is_address
+from mso_hub.source import open_source
 
 LISTS = ("exclude_modules", "ignore", "modules_to_not_convert", "ignored_layers", "exclude")
 """Names of the list: ModelOpt, compressed-tensors, fp8 and AWQ, older ones."""
@@ -31,21 +34,31 @@ def _lists(value: Any) -> list[str]:
 def exclude_patterns(where: str | Path) -> list[str]:
     """Patterns that a reference model's config excludes from quantization.
 
-    where   hf_quant_config.json or config.json, or the folder that holds them
+    where   hf_quant_config.json or config.json, the folder that holds them, or `hf://org/name`
     Raises RecipeError when there is no such file or no list in it.
     """
-    path = Path(where)
-    if path.is_dir():
-        candidates = [path / name for name in FILES if (path / name).is_file()]
-    else:
-        candidates = [path] if path.is_file() else []
+    candidates = list(_candidates(where))
     if not candidates:
         raise RecipeError(f"{where}: needs a quantization config ({' or '.join(FILES)}), found none; check the path")
-    for candidate in candidates:
+    for name, content in candidates:
         try:
-            patterns = _lists(json.loads(candidate.read_bytes()))
+            patterns = _lists(json.loads(content))
         except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{candidate}: not valid JSON: {error}; fetch it again") from error
+            raise RecipeError(f"{name}: not valid JSON: {error}; fetch it again") from error
         if patterns:
             return patterns
     raise RecipeError(f"{where}: has none of the lists {', '.join(LISTS)}; give the config of a quantized model")
+
+
+def _candidates(where: str | Path) -> Iterator[tuple[str, bytes]]:
+    """Config files with their content."""
+    path = Path(where)
+    if isinstance(where, str) and is_address(where):
+        with closing(open_source(where)) as source:
+            files = source.files()
+            for name in (n for n in FILES if n in files):
+                yield f"{where}/{name}", source.read(name, 0, files[name]).tobytes()
+    elif path.is_dir():
+        yield from ((str(path / name), (path / name).read_bytes()) for name in FILES if (path / name).is_file())
+    elif path.is_file():
+        yield str(path), path.read_bytes()

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import TracebackType
 from typing import Protocol
 
 STOPPING = 10.0
@@ -16,6 +17,25 @@ STOPPING = 10.0
 class _Abortable(Protocol):
     def abort(self) -> None:
         """End at once, from any thread."""
+
+
+class _Outcome:
+    """How a job ended, for whoever asks its future: an error ends the job, not the thread."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None:
+            self._future.set_result(None)
+        else:
+            self._future.set_exception(error)
+        return True
 
 
 class Background:
@@ -31,14 +51,9 @@ class Background:
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
             future, job = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                job()
-            except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks for the result
-                future.set_exception(error)
-            else:
-                future.set_result(None)
+            if future.set_running_or_notify_cancel():
+                with _Outcome(future):
+                    job()
 
     def add(self, upload: _Abortable, job: Callable[[], None]) -> None:
         """Run `job` after those before it; `upload` is what to abort when it is no longer wanted."""

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from mso_hub.checkpoint import Array
 from mso_hub.errors import RecipeError, SinkError, TransientError
-from mso_hub.hub import Address, Client, RemoteFile, take_snapshot
+from mso_hub.hub import Address, Client, Origin, RemoteFile, take_snapshot
 from mso_hub.hub.commit import Change, Commit, Put, VanishedError, absent, described, require_valid_card
 from mso_hub.hub.lfs import present
 from mso_hub.hub.lookup import is_commit_of, read_small
@@ -31,6 +31,7 @@ from mso_hub.sink.journal import Entry, Journal, header_of
 from mso_hub.sink.mirror import Mirror
 from mso_hub.sink.publish import publish
 from mso_hub.sink.survey import EDITABLE, MANIFEST, Survey, parse_manifest
+from mso_hub.sink.target import EMPTY
 
 CARD = "README.md"
 TITLE = "Add a converted checkpoint"
@@ -96,6 +97,12 @@ class HubSink:
         return None
 
     @property
+    def where(self) -> str:
+        """Page of the pull request or of the branch."""
+        page = f"{self._client.endpoint}/{self._wish.address.repo_id}"
+        return self.pull_request or (page if self._wish.revision == DEFAULT else f"{page}/tree/{self._wish.revision}")
+
+    @property
     def entries(self) -> Mapping[str, Entry]:
         """Files that the Hub has and the journal names; a copy, because uploads end at any time."""
         return dict(self._entries)
@@ -146,7 +153,7 @@ class HubSink:
         if access.exists:
             self._survey = self._surveyed(missing=access.missing)
             if self._survey.finished == job and not self._fresh:
-                self._accept(access)
+                self._accept(job, access)
                 return
             self._survey.require_room(job, fresh=self._fresh)
         try:
@@ -177,7 +184,7 @@ class HubSink:
             manifest = read_small(self._client, repo, MANIFEST, snapshot.commit)
         return Survey(self.name, snapshot.commit, snapshot.files, inherited, parse_manifest(manifest or b""))
 
-    def _accept(self, access: Access) -> None:
+    def _accept(self, job: str, access: Access) -> None:
         """The output is finished: its entries come from its manifest."""
         survey, repo = self._survey, self._target.repo_id
         self._entries = survey.entries(self._sizes)
@@ -189,9 +196,10 @@ class HubSink:
             create(self._client, access, private=False)
         self._commit = described(self._client, self._target, survey.commit)
         self._done = True
-        self.journal.unlink(missing_ok=True)  # an earlier run ended between its commit and this line
+        if header_of(self.journal).get("job") == job:  # an earlier run ended between its commit and this line
+            self.journal.unlink(missing_ok=True)
         if self._journal_branch is not None:
-            self._mirrored(self._journal_branch).remove()
+            self._mirrored(self._journal_branch).remove(job)
 
     def _start(self, job: str, access: Access) -> None:
         """Take the lock, make what is missing, and see which files an earlier run stored."""
@@ -252,7 +260,7 @@ class HubSink:
     @contextmanager
     def open(self, file: str, nbytes: int) -> Iterator[_Writer]:
         """A file of known size, stored while it is written and after; it is an entry when the Hub has it."""
-        _, background = self._open_journal, self._background
+        journal, background = self._open_journal, self._background
         assert background is not None  # noqa: S101 - lives as long as the journal
         background.settle(WAITING)
         upload = Upload(self._client, self._target, file, nbytes)
@@ -262,39 +270,38 @@ class HubSink:
         except BaseException:
             upload.abort()
             raise
-        background.add(upload, lambda: self._store(upload))
+        background.add(upload, lambda: self._store(upload, journal))
 
-    def _store(self, upload: Upload) -> None:
+    def _store(self, upload: Upload, journal: Journal) -> None:
         stored = upload.finish()
         if upload.path == CARD and stored.content is not None:
             require_valid_card(self._client, self._target, stored.content)
-        self._record(upload.path, stored)
+        self._record(upload.path, stored, journal)
 
-    def _record(self, file: str, stored: Stored) -> None:
+    def _record(self, file: str, stored: Stored, journal: Journal) -> None:
         """Write down that the Hub has a file."""
         extras = {"xet_hash": stored.xet_hash} if stored.xet_hash else {}
         if stored.content is not None:
             extras["content"] = base64.b64encode(stored.content).decode()
         entry = Entry(stored.nbytes, stored.sha256)
         with self._recording, self._naming():
-            if self._journal is None:  # closed meanwhile
+            if self._journal is not journal:  # closed meanwhile
                 return
-            self._journal.done(file, entry, extras)
-            progress = self._journal.progress
+            journal.done(file, entry, extras)
         if self._mirror is not None:
-            self._mirror.save(progress)
+            self._mirror.save(journal.progress)
         self._puts[file] = Put(stored.nbytes, stored.sha256, stored.content)
         self._entries[file] = entry
 
-    def copy(self, file: str, repo_id: str, commit: str, remote: RemoteFile) -> bool:
-        """Take over a file of another repo of this Hub without a transfer; False when its bytes must be sent.
-
-        repo_id, commit  where it lies, as `remote` describes it
-        """
-        _ = self._open_journal
-        if remote.sha256 is None or not duplicate(self._client, self._target, repo_id, remote):
+    def copy(self, file: str, origin: Origin, remote: RemoteFile) -> bool:
+        """Take over a file of another repo of this Hub without a transfer; False when its bytes must be sent."""
+        journal = self._open_journal
+        same_hub = origin.endpoint.rstrip("/") == self._client.endpoint
+        if not same_hub or remote.sha256 is None or self._sizes.get(file) != remote.nbytes:
             return False
-        self._record(file, Stored(remote.nbytes, remote.sha256, remote.xet_hash))
+        if not duplicate(self._client, self._target, origin.repo_id, remote):
+            return False
+        self._record(file, Stored(remote.nbytes, remote.sha256, remote.xet_hash), journal)
         return True
 
     def wait(self) -> None:
@@ -308,7 +315,7 @@ class HubSink:
         with self._naming():
             journal.note(key, value)
 
-    def commit(self, manifest: bytes) -> None:
+    def commit(self, manifest: bytes, closing: Mapping[str, bytes] = EMPTY) -> None:
         """One commit with all files; nothing to do where the output is finished."""
         if self._done:
             return
@@ -317,10 +324,13 @@ class HubSink:
         missing = sorted(self._sizes.keys() - self._entries.keys())
         if missing:
             raise SinkError(f"{self.name}: {len(missing)} of {len(self._sizes)} files were not written: {missing[0]}")
-        puts = {**{name: self._puts[name] for name in self._sizes}, MANIFEST: Put.of(manifest)}
+        if CARD in closing:
+            require_valid_card(self._client, self._target, closing[CARD])
+        last = {name: Put.of(content) for name, content in {**closing, MANIFEST: manifest}.items()}
+        puts = {**{name: self._puts[name] for name in self._sizes}, **last}
         change = Change(
             self._survey.commit, self._wish.title, self._account, self._description, puts,
-            self._survey.stale(self._sizes),
+            self._survey.stale(puts),
         )  # fmt: skip
         try:
             self._commit = publish(self._client, self._target, change, self._survey, self._surveyed)
@@ -328,7 +338,7 @@ class HubSink:
             raise self._forget(journal, puts, error) from None
         self._done = True
         if self._mirror is not None:
-            self._mirror.remove()
+            self._mirror.remove(journal.progress.job)
         self.journal.unlink(missing_ok=True)
         self.close()
 

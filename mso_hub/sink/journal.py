@@ -89,8 +89,16 @@ def header_of(path: Path) -> dict[str, str]:
     """First line of the journal at `path`, {} when there is none that can be read."""
     try:
         with path.open("rb") as file:
-            line = json.loads(file.readline())
-    except (OSError, ValueError, RecursionError):
+            return parse_header(file.readline())
+    except OSError:
+        return {}
+
+
+def parse_header(text: bytes) -> dict[str, str]:
+    """First line of a journal, {} when it is none."""
+    try:
+        line = json.loads(text.partition(b"\n")[0])
+    except (ValueError, RecursionError):
         return {}
     return {key: str(value) for key, value in line.items()} if isinstance(line, dict) else {}
 
@@ -98,9 +106,7 @@ def header_of(path: Path) -> dict[str, str]:
 class Journal:
     """Journal of one output; holds a lock while it is open, so two runs cannot share it."""
 
-    def __init__(
-        self, path: Path, job: str, *, fresh: bool = False, facts: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, path: Path, job: str, *, fresh: bool = False, facts: Mapping[str, str] | None = None) -> None:
         """Open or start the journal of `job`; ResumeError for another job's or another process's.
 
         fresh  forget what stands there, whichever job it was

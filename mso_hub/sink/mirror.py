@@ -7,6 +7,7 @@ The parent of every commit is the one before it, so a second writer is noticed a
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 
 from mso_hub.errors import RecipeError, ResumeError
@@ -14,7 +15,7 @@ from mso_hub.hub.client import Client
 from mso_hub.hub.commit import Change, MovedError, Put, send_commit
 from mso_hub.hub.lookup import create_branch, delete_branch, head_of, read_small, refs
 from mso_hub.hub.target import Target
-from mso_hub.sink.journal import Progress
+from mso_hub.sink.journal import Progress, parse_header
 
 FILE = "mso_hub.journal"
 
@@ -33,28 +34,34 @@ class Mirror:
         self._target = Target(target.repo_id, branch)
         self._parent: str | None = None
         self._kept: set[str] = set()
+        self._lock = threading.Lock()  # copies and uploads are recorded by different threads
 
     def load(self, job: str, *, fresh: bool) -> Progress:
         """What an earlier run, on whatever machine, wrote down; ResumeError for another job's."""
         repo, branch, progress = self._target.repo_id, self._target.revision, Progress(job)
         if branch not in refs(self._client, repo)[0]:
             return progress
-        if fresh:
-            delete_branch(self._client, repo, branch)
-            return progress
-        self._parent = head_of(self._client, repo, branch)
-        text = read_small(self._client, repo, FILE, self._parent)
+        head = head_of(self._client, repo, branch)
+        text = read_small(self._client, repo, FILE, head)
         if text is None:
             raise ResumeError(
                 f"{self._target}: --journal_branch must be new or of an earlier run, this branch has no {FILE}; "
                 "choose another name"
             )
+        if fresh:
+            delete_branch(self._client, repo, branch)
+            return progress
+        self._parent = head
         progress.load(str(self._target), text)
         self._kept = set(progress.files)
         return progress
 
     def save(self, progress: Progress) -> None:
         """Bring the branch up to date; ResumeError when somebody else wrote there."""
+        with self._lock:
+            self._save(progress)
+
+    def _save(self, progress: Progress) -> None:
         objects = {n: e for n, e in progress.files.items() if "content" not in progress.extras[n]}
         if objects.keys() == self._kept:
             return
@@ -88,10 +95,13 @@ class Mirror:
             "wait for it to end"
         )
 
-    def remove(self) -> None:
-        """Delete the branch, when there is one."""
+    def remove(self, job: str) -> None:
+        """Delete the branch, when it is there and of this job."""
         repo, branch = self._target.repo_id, self._target.revision
-        if branch in refs(self._client, repo)[0]:
+        if branch not in refs(self._client, repo)[0]:
+            return
+        text = read_small(self._client, repo, FILE, head_of(self._client, repo, branch))
+        if text is not None and parse_header(text).get("job") == job:
             delete_branch(self._client, repo, branch)
         self._parent = None
         self._kept = set()

@@ -15,9 +15,7 @@ REBASES = 5
 """Times that the commit moves on to a new head before it gives up."""
 
 
-def publish(
-    client: Client, target: Target, change: Change, survey: Survey, look_again: Callable[[], Survey]
-) -> Commit:
+def publish(client: Client, target: Target, change: Change, survey: Survey, look_again: Callable[[], Survey]) -> Commit:
     """Make the commit and check it; HubError when the target changed in a way that this run must not overwrite.
 
     survey      the target as it was when the run began
@@ -30,9 +28,7 @@ def publish(
             commit = described(client, target, survey.commit)
             break
         try:
-            commit = send_commit(
-                client, target, replace(change, parent=survey.commit, puts=missing, deletes=gone)
-            )
+            commit = send_commit(client, target, replace(change, parent=survey.commit, puts=missing, deletes=gone))
             break
         except MovedError:
             if not left:

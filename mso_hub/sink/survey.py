@@ -72,12 +72,12 @@ class Survey:
                 f"{self.name}: --fresh replaces what this tool wrote, and {foreign[0]} is not of it; {elsewhere}"
             )
 
-    def stale(self, sizes: Mapping[str, int]) -> list[str]:
+    def stale(self, written: Mapping[str, object]) -> list[str]:
         """Files that the new output replaces without writing them."""
         old = self.files.keys() & self.listed.keys()
         if self.inherited:
             old |= {path for path in self.files if path.endswith(STALE)}
-        return sorted(old - sizes.keys() - {MANIFEST})
+        return sorted(old - written.keys() - {MANIFEST})
 
     def entries(self, sizes: Mapping[str, int]) -> dict[str, Entry]:
         """Files of our finished output; SinkError when the repo does not hold what the manifest says."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mso_hub.verify.compare import Comparison, compare_checkpoints
 from mso_hub.verify.report import Report, TensorError
-from mso_hub.verify.run import MANIFEST, Opened, like, open_weights, verify_checkpoint
+from mso_hub.verify.run import MANIFEST, Opened, like, opening, verify_checkpoint
 
 __all__ = [
     "MANIFEST",
@@ -14,6 +14,6 @@ __all__ = [
     "TensorError",
     "compare_checkpoints",
     "like",
-    "open_weights",
+    "opening",
     "verify_checkpoint",
 ]

@@ -16,7 +16,7 @@ from mso_hub.errors import VerifyError
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import read_rows
 from mso_hub.verify.report import TensorError, plain
-from mso_hub.verify.run import Opened, distance, global_scale, like, open_weights
+from mso_hub.verify.run import Opened, distance, global_scale, like, opening
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
@@ -69,18 +69,23 @@ def _scale_quantiles(opened: Opened) -> dict[str, tuple[float, ...]]:
 
 def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
     """Compare every weight that two checkpoints share, whatever their formats; VerifyError when they share none."""
-    a, b = open_weights(first), open_weights(second)
-    a, b = like(a, b), like(b, a)
+    with opening(first) as a, opening(second) as b:
+        return _compare((str(first), str(second)), like(a, b), like(b, a))
+
+
+def _compare(names: tuple[str, str], a: Opened, b: Opened) -> Comparison:
     common = [n for n in a.weights if n in b.weights]
     if not common:
-        raise VerifyError(f"{first} and {second}: share none of their {len(a.weights)} and {len(b.weights)} weights")
+        raise VerifyError(
+            f"{names[0]} and {names[1]}: share none of their {len(a.weights)} and {len(b.weights)} weights"
+        )
     with ThreadPoolExecutor(default_workers()) as pool:
         outcomes = list(pool.map(lambda n: distance(b, a, b.weights[n], a.weights[n]), common))
     errors = tuple(
         sorted((e for e in outcomes if e is not None), key=lambda e: -math.inf if math.isnan(e.nmse) else -e.nmse)
     )
     return Comparison(
-        (str(first), str(second)),
+        names,
         len(common),
         (
             tuple(n for n in a.weights if n not in b.weights),

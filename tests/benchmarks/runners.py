@@ -32,6 +32,7 @@ class Run:
     sync_seconds: float  # then, until its output was on the disk
     peak_rss: int  # bytes; of its largest process, where it had several
     output: str
+    written: int = 0  # bytes that it sent to disks, as the kernel counts them (Linux)
 
     @property
     def total(self) -> float:
@@ -64,17 +65,18 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str] | None
         os.sync()
     sync_seconds = time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, sync_seconds, usage.ru_maxrss * unit, output)
+    return Run(seconds, sync_seconds, usage.ru_maxrss * unit, output, usage.ru_oublock * 512)
 
 
 def median_run(runs: Iterable[Run]) -> Run:
     """The medians of several runs of one command, number by number."""
-    runs = list(runs)
+    runs = list(runs)  # of bytes written, the most
     return Run(
         seconds=statistics.median(run.seconds for run in runs),
         sync_seconds=statistics.median(run.sync_seconds for run in runs),
         peak_rss=int(statistics.median(run.peak_rss for run in runs)),
         output=runs[-1].output,
+        written=max(run.written for run in runs),
     )
 
 

@@ -24,12 +24,13 @@ FIRST, SECOND, NESTED, EMPTY = FILES
 
 
 def put(sink: Sink, *names: str) -> None:
-    """Write some of FILES, each in two appends."""
+    """Write some of FILES, each in two appends, and wait until they are stored."""
     for name in names:
         data = FILES[name]
         with sink.open(name, len(data)) as file:
             file.write(data[: len(data) // 2])
             file.write(data[len(data) // 2 :])
+    sink.wait()
 
 
 def give_up(sink: Sink, name: str, error: Exception) -> None:
@@ -105,6 +106,7 @@ class SinkContract:
         sink.begin(JOB, {FIRST: array.nbytes})
         with sink.open(FIRST, array.nbytes) as file:
             file.write(array)
+        sink.wait()
         sink.commit(self.manifest(sink))
         assert self.visible()[FIRST] == array.tobytes()
 

@@ -4,7 +4,9 @@
         HfApi(hub.endpoint, hub.token()).create_repo("dev/model")
 
 A server is a process of its own with two origins: the hub (API, small files) and the storage (large files behind
-signed URLs). Its state lies in the folder and outlives it. Without Xet, clients need HF_HUB_DISABLE_XET=1.
+signed URLs). Its state lies in the folder and outlives it. Without Xet, clients need HF_HUB_DISABLE_XET=1: else they
+ask for a Xet token, get a 404, and their upload ends in a ConnectionError; downloads work either way. With Xet, clients
+write into the folder themselves, one process at a time.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def grant_access(call: Call) -> Reply:
     with repo.lock:
         repo.facts["granted"] = sorted({*repo.facts["granted"], user})
         repo.save()
-    return Reply()
+    return json_reply({})
 
 
 def auth_check(call: Call) -> Reply:

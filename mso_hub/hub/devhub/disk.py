@@ -3,6 +3,10 @@
 FOLDER/blobs/ab/SHA1    content of a small file
 FOLDER/lfs/ab/SHA256    an LFS object, there only when it is complete and its digest was checked
 FOLDER/cas/             written by Xet clients themselves; we only read it
+FOLDER/views/N/         the CAS as the server reads it: links to its content and a copy of its database
+
+Xet locks the database of a CAS for one process, so the server never opens the one that clients use, and two client
+processes that transfer at the same moment stop each other.
 """
 
 from __future__ import annotations
@@ -11,7 +15,10 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import struct
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +27,9 @@ from typing import Any
 
 CHUNK = 1 << 20
 """Bytes that are read, sent or received at once."""
+
+ATTEMPTS = 20
+"""How often the server looks for a Xet file that a client says it has written, over a second."""
 
 _FILE = struct.Struct("<4Q2I8x")
 _SEGMENT = struct.Struct("<32x2I8x")
@@ -108,6 +118,45 @@ def _files_of_shard(data: bytes) -> Iterator[tuple[str, tuple[str, int]]]:
             at += 48
 
 
+class _View:
+    """The CAS of clients, opened for reading while they may write."""
+
+    def __init__(self, folder: Path) -> None:
+        self._cas, self._views = folder / "cas", folder / "views"
+        self._lock = threading.Lock()
+        self._stamp: tuple[int, int] | None = None
+        self._open: Any = None
+        shutil.rmtree(self._views, ignore_errors=True)
+
+    def group(self, *, fresh: bool) -> Any:
+        """A download group that knows all files; `fresh` when the last one did not."""
+        source = self._cas / "xet" / "xorbs" / "global_dedup_lookup.redb"
+        with self._lock:
+            stat = source.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            if fresh or stamp != self._stamp:
+                view = self._views / uuid.uuid4().hex[:8]
+                inside = view / "xet" / "xorbs"
+                inside.mkdir(parents=True)
+                for part in ("xorbs", "shards"):
+                    (inside / part).symlink_to(self._cas / "xet" / "xorbs" / part)
+                shutil.copy(source, inside)
+                self._open, self._stamp = _download_group(view), stamp
+            return self._open
+
+
+def _download_group(cas: Path) -> Any:
+    hf_xet = importlib.import_module("hf_xet")
+    # Whoever reads slowly must not make the server prefetch gigabytes.
+    limits = {
+        "reconstruction.download_buffer_size": 64 << 20,
+        "reconstruction.download_buffer_perfile_size": 32 << 20,
+        "reconstruction.download_buffer_limit": 128 << 20,
+    }
+    session = hf_xet.XetSession(config=hf_xet.XetConfig().with_config(limits))
+    return session.new_download_stream_group(endpoint=f"local://{cas}")
+
+
 def _hex(words: Any) -> str:
     return "".join(f"{word:016x}" for word in words)
 
@@ -121,9 +170,10 @@ class Contents:
         self.parts = folder / "parts"
         self.xet = xet
         self._index = XetIndex(self.cas)
-        self._group: Any = None
+        self._view = _View(folder)
         self.parts.mkdir(parents=True, exist_ok=True)
-        self.cas.mkdir(exist_ok=True)
+        for name in ("xorbs", "shards"):
+            (self.cas / "xet" / "xorbs" / name).mkdir(parents=True, exist_ok=True)
 
     def put(self, data: bytes) -> Entry:
         """Store a small file."""
@@ -186,19 +236,20 @@ class Contents:
         found = self._index.find(entry.sha256 or "")
         if found is None:
             raise FileNotFoundError(f"{self.cas}: holds no file with sha256 {entry.sha256}")
-        if start >= stop:
-            return
         hf_xet = importlib.import_module("hf_xet")
-        if self._group is None:
-            # Whoever reads slowly must not make the server prefetch gigabytes.
-            limits = {
-                "reconstruction.download_buffer_size": 64 << 20,
-                "reconstruction.download_buffer_limit": 128 << 20,
-            }
-            limits["reconstruction.download_buffer_perfile_size"] = 32 << 20
-            session = hf_xet.XetSession(config=hf_xet.XetConfig().with_config(limits))
-            self._group = (session, session.new_download_stream_group(endpoint=f"local://{self.cas}"))
-        yield from self._group[1].download_stream(hf_xet.XetFileInfo(*found), start=start, end=stop)
+        for attempt in range(ATTEMPTS):
+            try:
+                group = self._view.group(fresh=attempt > 0)
+                stream = iter(group.download_stream(hf_xet.XetFileInfo(*found), start=start, end=stop))
+                first = next(stream, b"")
+            except RuntimeError:  # a copy of the database that a client was just changing
+                first = b""
+            if first or start >= stop:
+                yield first
+                yield from stream
+                return
+            time.sleep(0.05)
+        raise FileNotFoundError(f"{self.cas}: Xet does not find {found[0]}")
 
     def read(self, entry: Entry, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of a file at once."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from mso_hub.hub.devhub import DevHub
 from mso_hub.hub.devhub.settings import Tuning
@@ -29,7 +30,9 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("HF_TOKEN", "HF_ENDPOINT"):
             if name in os.environ:
                 patch.delenv(name)
+        disable_progress_bars()
         yield
+        enable_progress_bars()
 
 
 @pytest.fixture(scope="session", params=["lfs", "xet"])
@@ -51,7 +54,6 @@ def _site(hub: DevHub, patch: pytest.MonkeyPatch, cache: Path) -> Site:
     hub.set(**{name: getattr(Tuning(), name) for name in Tuning.__slots__})
     patch.setattr(constants, "HF_HUB_DISABLE_XET", not hub.xet)
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    patch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     api = HfApi(hub.endpoint, hub.token())
     repo = f"dev/repo-{next(NUMBERS)}"
     api.create_repo(repo)

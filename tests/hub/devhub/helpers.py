@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.hf_api import RepoFile
 
 from mso_hub.hub.devhub import DevHub, Request
+
+CLIENT_WARNS = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+"""The client hands LFS uploads to httpx in a way that is deprecated there."""
 
 
 def noise(nbytes: int, seed: int = 0) -> bytes:
@@ -68,6 +73,12 @@ class Site:
         """Content of a file by the client's own download."""
         more.setdefault("force_download", True)
         return Path(self.api.hf_hub_download(self.repo, path, revision=revision, **more)).read_bytes()
+
+    def info(self, path: str, revision: str = "main") -> RepoFile:
+        """What the server says of one file."""
+        [found] = self.api.get_paths_info(self.repo, [path], revision=revision)
+        assert isinstance(found, RepoFile)
+        return found
 
     def link(self, path: str) -> str:
         """Signed URL of a large file."""

@@ -1,0 +1,169 @@
+"""Files of a snapshot as streams and ranges, from Xet storage or over plain HTTP.
+
+Xet is used for files of which the API tells a Xet hash, when hf_xet is installed and HF_HUB_DISABLE_XET is not set:
+it fetches with many connections, and checks every chunk. Otherwise a file is read in ranges of 8 MiB, several at a
+time; whoever streams all of it has to compare its SHA-256 with digest().
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Generator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mso_hub.errors import CheckpointError, HubError, MsoError
+from mso_hub.hub.client import Client
+from mso_hub.hub.ranges import Ranges
+from mso_hub.hub.repository import RemoteFile, Snapshot
+from mso_hub.hub.xet import xet_enabled
+from mso_hub.hub.xet_read import XetReader
+
+PART = 8 << 20
+"""Bytes of one ranged request of a stream."""
+DEPTH = 4
+"""Ranged requests of a stream under way at once."""
+TICK = 0.5
+"""Seconds of one wait: signals are handled between two of them."""
+
+
+class Download:
+    """Reads the files of one snapshot. Safe to use from several threads.
+
+    depth  ranged requests of a stream at once; Xet decides for itself
+    """
+
+    def __init__(self, client: Client, snapshot: Snapshot, *, depth: int = DEPTH, part: int = PART) -> None:
+        self._snapshot, self._depth, self._part = snapshot, depth, part
+        self._stopped = threading.Event()
+        self._ranges = Ranges(client, snapshot, self._sleep)
+        self._xet = XetReader(client, snapshot, self._sleep) if xet_enabled() else None
+        self._parts: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._starting = threading.Lock()
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes that a stream may hold besides what it has handed out."""
+        return self._depth * self._part
+
+    def size(self, path: str) -> int:
+        """Bytes of a file."""
+        return self._file(path).nbytes
+
+    def digest(self, path: str) -> str | None:
+        """SHA-256 that a stream of the whole file must have; None when Xet checks it, or the Hub knows none."""
+        file = self._file(path)
+        return None if self._by_xet(file) else file.sha256
+
+    def read(self, path: str, begin: int, end: int) -> NDArray[np.uint8]:
+        """Bytes [begin, end) by one request, in the thread of the caller."""
+        file = self._file(path)
+        found = np.empty(end - begin, np.uint8)
+        target, done = found.data, 0
+        if not self._by_xet(file):
+            self._ranges.read(file, begin, target)
+            return found
+        for data in self.stream(path, begin, end):
+            target[done : done + len(data)] = data
+            done += len(data)
+        return found
+
+    def stream(self, path: str, begin: int, end: int) -> Generator[memoryview, None, None]:
+        """Bytes [begin, end) in order; each part is valid until the next one is asked for."""
+        file = self._file(path)
+        if self._xet is not None and file.xet_hash is not None:
+            yield from self._xet.stream(file, begin, end)
+        elif end - begin <= self._part:
+            target = np.empty(end - begin, np.uint8).data
+            self._ranges.read(file, begin, target)
+            yield target
+        else:
+            yield from self._in_parts(file, begin, end)
+
+    def _file(self, path: str) -> RemoteFile:
+        if path not in self._snapshot.files:
+            raise CheckpointError(f"{self._snapshot.address}/{path}: cannot be read: no such file at this commit")
+        return self._snapshot.files[path]
+
+    def _by_xet(self, file: RemoteFile) -> bool:
+        return self._xet is not None and file.xet_hash is not None
+
+    def _in_parts(self, file: RemoteFile, begin: int, end: int) -> Generator[memoryview, None, None]:
+        """Several requests at a time; their buffers are used over and over."""
+        self._start()
+        pending: deque[_Part] = deque()
+        spare: list[memoryview] = []
+        at = begin
+        try:
+            while at < end or pending:
+                while at < end and len(pending) < self._depth:
+                    buffer = spare.pop() if spare else np.empty(self._part, np.uint8).data
+                    part = _Part(file, at, buffer, min(self._part, end - at))
+                    self._parts.put(part)
+                    pending.append(part)
+                    at += part.size
+                part = pending.popleft()
+                while not part.done.wait(TICK):
+                    self._check()
+                if part.error is not None:
+                    raise part.error
+                yield part.buffer[: part.size]
+                spare.append(part.buffer)
+        finally:
+            for part in pending:
+                part.cancelled = True
+
+    def _start(self) -> None:
+        """The threads that fetch parts, on first use."""
+        with self._starting:
+            self._check()
+            for _ in range(self._depth - len(self._threads)):
+                self._threads.append(threading.Thread(target=self._work, name="mso-part", daemon=True))
+                self._threads[-1].start()
+
+    def _work(self) -> None:
+        """Body of those threads."""
+        while (part := self._parts.get()) is not None:
+            if part.cancelled:
+                continue
+            try:
+                self._ranges.read(part.file, part.begin, part.buffer[: part.size])
+            except MsoError as error:
+                part.error = error
+            finally:
+                part.done.set()
+
+    def _sleep(self, seconds: float) -> None:
+        """Wait, but not longer than this object lives."""
+        self._stopped.wait(seconds)
+        self._check()
+
+    def _check(self) -> None:
+        if self._stopped.is_set():
+            raise HubError(f"{self._snapshot.address}: was closed while it was read")
+
+    def close(self) -> None:
+        """End all requests; threads that hang in one are not waited for longer than a second."""
+        self._stopped.set()
+        self._ranges.stop()
+        if self._xet is not None:
+            self._xet.close()
+        for _ in self._threads:
+            self._parts.put(None)
+        for thread in self._threads:
+            thread.join(1.0)
+        self._ranges.close()
+
+
+class _Part:
+    """A range on its way into a buffer."""
+
+    def __init__(self, file: RemoteFile, begin: int, buffer: memoryview, size: int) -> None:
+        self.file, self.begin, self.buffer, self.size = file, begin, buffer, size
+        self.done = threading.Event()
+        self.error: MsoError | None = None
+        self.cancelled = False

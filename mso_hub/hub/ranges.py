@@ -1,0 +1,195 @@
+"""Byte ranges of a repo's files over plain HTTP: the Hub says where a file lies, storage hands out ranges.
+
+A file's place is a signed URL, asked for once and again when storage says that it has expired. Storage gets no token
+of ours. A broken answer is continued from the byte where it broke.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+from mso_hub.errors import HubError
+from mso_hub.hub.client import AGAIN, Client
+from mso_hub.hub.repository import RemoteFile, Snapshot
+
+EXPIRED = frozenset({401, 403})
+"""How storage answers a signature that is too old."""
+RENEWALS = 3
+"""Fresh URLs in a row that may be refused before we believe the refusal."""
+HOPS = 5
+"""Redirects within the Hub: a renamed repo needs one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a file are: `headers` hold the token when that is the Hub itself."""
+
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+
+
+class Ranges:
+    """Reads ranges of the files of one snapshot. Safe to use from several threads.
+
+    wait  sleeps between two tries; raises when nobody wants the bytes any more
+    """
+
+    def __init__(self, client: Client, snapshot: Snapshot, wait: Callable[[float], object] = time.sleep) -> None:
+        self._client, self._snapshot, self._wait = client, snapshot, wait
+        self._http = client.http()
+        self._places: dict[str, Place] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._sockets: dict[int, Any] = {}
+        self._closed = False
+
+    def read(self, file: RemoteFile, begin: int, target: memoryview) -> None:
+        """Fill `target` with the bytes that start at `begin`; HubError or TransientError when that is impossible."""
+        what = f"{self._snapshot.address}/{file.path}"
+        done, tries, renewals, started = 0, 0, 0, time.monotonic()
+        while done < len(target):
+            place = self._place(file)
+            got, failure = self._once(file, place, begin + done, target[done:])
+            done += got
+            if got:
+                tries, renewals, started = 0, 0, time.monotonic()
+            if failure is None:
+                continue
+            status = getattr(getattr(failure, "response", None), "status_code", None)
+            if status in EXPIRED and not place.headers and renewals < RENEWALS:
+                renewals += 1
+                self._renew(file, place)
+                continue
+            if status is not None and status not in AGAIN:
+                raise HubError(
+                    f"{what}: bytes [{begin + done:,}, {begin + len(target):,}) were refused with status {status}; "
+                    "check that this account may still read the repo, then run the same command again"
+                )
+            self._client.pause(tries, started, what, failure, self._wait)
+            tries += 1
+
+    def _once(self, file: RemoteFile, place: Place, begin: int, target: memoryview) -> tuple[int, Exception | None]:
+        """One request -> bytes that came, and what went wrong."""
+        from huggingface_hub.utils import httpx
+
+        end, done = begin + len(target), 0
+        headers = {**place.headers, "Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
+        try:
+            with self._http.stream("GET", place.url, headers=headers, extensions=self._traced()) as response:
+                if response.status_code not in {200, 206}:
+                    return 0, httpx.HTTPStatusError("", request=response.request, response=response)
+                self._require_range(file, response, begin, end)
+                for data in response.iter_raw():
+                    if done + len(data) > len(target):
+                        raise self._wrong(file, begin, end, f"more than {done:,} bytes")
+                    target[done : done + len(data)] = data
+                    done += len(data)
+        except (httpx.TransportError, RuntimeError) as error:
+            self._check()
+            if not isinstance(error, httpx.TransportError):
+                raise
+            return done, error
+        if done < len(target):
+            return done, httpx.RemoteProtocolError(f"the answer ended {len(target) - done:,} bytes early")
+        return done, None
+
+    def _require_range(self, file: RemoteFile, response: Any, begin: int, end: int) -> None:
+        """Storage that ignores or misreads a range must not pass for one that answers it."""
+        found = response.headers.get("content-range", "no Content-Range")
+        whole = response.status_code == 200 and (begin, end) == (0, file.nbytes)
+        if not whole and (response.status_code, found) != (206, f"bytes {begin}-{end - 1}/{file.nbytes}"):
+            raise self._wrong(file, begin, end, f"status {response.status_code} with {found!r}")
+
+    def _wrong(self, file: RemoteFile, begin: int, end: int, found: str) -> HubError:
+        return HubError(
+            f"{self._snapshot.address}/{file.path}: asked for bytes {begin}-{end - 1} of {file.nbytes}, the answer was "
+            f"{found}; a proxy or mirror in between may not know ranges: try without it"
+        )
+
+    def _place(self, file: RemoteFile) -> Place:
+        """Where a file is; asked once, however many threads want to know. Git files come from the Hub itself."""
+        if file.sha256 is None:
+            return Place(self._url(file), self._client.headers())
+        with self._lock:
+            lock = self._locks.setdefault(file.path, threading.Lock())
+        with lock:
+            if file.path not in self._places:
+                what = f"{self._snapshot.address}/{file.path}"
+                self._places[file.path] = self._client.attempt(lambda: self._resolve(file), what=what, wait=self._wait)
+            return self._places[file.path]
+
+    def _renew(self, file: RemoteFile, stale: Place) -> None:
+        """Forget a place, unless another thread has already found a new one."""
+        with self._locks[file.path]:
+            if self._places.get(file.path) is stale:
+                del self._places[file.path]
+
+    def _resolve(self, file: RemoteFile) -> Place:
+        """Ask the Hub where a file is."""
+        from huggingface_hub.utils import hf_raise_for_status
+
+        url, headers = self._url(file), self._client.headers()
+        for _ in range(HOPS):
+            self._check()
+            response = self._http.request(
+                "HEAD", url, headers={**headers, "Accept-Encoding": "identity"}, follow_redirects=False,
+                extensions=self._traced(),
+            )  # fmt: skip
+            hf_raise_for_status(response)
+            target = response.headers.get("location")
+            if not target:
+                return Place(url, headers)
+            target = urljoin(url, target)
+            if urlsplit(target)[:2] != urlsplit(self._client.endpoint)[:2]:
+                return Place(target, {})
+            url = target
+        raise HubError(f"{self._snapshot.address}/{file.path}: {self._client.endpoint} redirects more than {HOPS} times")
+
+    def _url(self, file: RemoteFile) -> str:
+        snapshot = self._snapshot
+        return f"{self._client.endpoint}/{snapshot.address.repo_id}/resolve/{snapshot.commit}/{quote(file.path)}"
+
+    def _traced(self) -> dict[str, Any]:
+        """Tells us every socket that is opened, so that close() can end a request that hangs."""
+
+        def trace(event: str, info: Mapping[str, Any]) -> None:
+            """Called by httpx at each stage of a request."""
+            if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+                found = info["return_value"].get_extra_info("socket")
+                with self._lock:
+                    self._sockets = {fd: s for fd, s in self._sockets.items() if s.fileno() >= 0}
+                    self._sockets[found.fileno()] = found
+                if self._closed:  # an error here would leave the socket open: the request has to find it dead
+                    _hang_up(found)
+
+        return {"trace": trace}
+
+    def _check(self) -> None:
+        if self._closed:
+            raise HubError(f"{self._snapshot.address}: was closed while it was read")
+
+    def stop(self) -> None:
+        """End all requests, those that hang too."""
+        self._closed = True
+        with self._lock:
+            sockets = list(self._sockets.values())
+        for opened in sockets:
+            _hang_up(opened)
+
+    def close(self) -> None:
+        """Let all connections go; no thread may read any more."""
+        self.stop()
+        self._http.close()
+
+
+def _hang_up(opened: socket.socket) -> None:
+    """Whoever waits for this socket gets an end of file."""
+    with contextlib.suppress(OSError):  # closed already
+        opened.shutdown(socket.SHUT_RDWR)

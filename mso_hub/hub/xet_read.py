@@ -1,0 +1,106 @@
+"""Ranges of a file from Xet storage, as ordered streams that survive broken connections."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from mso_hub.errors import HubError
+from mso_hub.hub.client import Client
+from mso_hub.hub.repository import RemoteFile, Snapshot
+from mso_hub.hub.xet import token_refresh, xet_headers, xet_session
+
+REFUSED = frozenset({400, 401, 403, 404, 416})
+"""Statuses in messages of hf_xet that another try will not change, once the token is fresh."""
+REPEATS = 2
+"""Refusals in a row that are believed: the first one may be about an old token."""
+
+
+class XetReader:
+    """Streams the Xet files of one snapshot. Safe to use from several threads.
+
+    wait  sleeps between two tries; raises when nobody wants the bytes any more
+    """
+
+    def __init__(self, client: Client, snapshot: Snapshot, wait: Callable[[float], object] = time.sleep) -> None:
+        self._client, self._snapshot, self._wait = client, snapshot, wait
+        self._lock = threading.Lock()
+        self._group: Any = None
+        self._groups: list[Any] = []
+        self._closed = False
+
+    def stream(self, file: RemoteFile, begin: int, end: int) -> Generator[memoryview, None, None]:
+        """Bytes [begin, end) in order, checked chunk by chunk; continued where it breaks."""
+        what = f"{self._snapshot.address}/{file.path}"
+        at, tries, started = begin, 0, time.monotonic()
+        while at < end:
+            failure: Exception | None = None
+            group, source = None, None
+            try:
+                group = self._open()
+                source = group.download_stream(_info(file), at, end)
+                for data in source:
+                    at, tries, started = at + len(data), 0, time.monotonic()
+                    if at > end:
+                        raise HubError(f"{what}: asked Xet for bytes up to {end:,}, it sent {at - end:,} more")
+                    yield memoryview(data)
+            except HubError:
+                raise
+            except (OSError, RuntimeError, ValueError) as error:
+                failure = error
+            finally:
+                if source is not None and at < end:
+                    source.cancel()
+            if at < end:
+                self._judge(failure, tries, started, what, group)
+                tries += 1
+
+    def _judge(self, failure: Exception | None, tries: int, started: float, what: str, group: Any) -> None:
+        """Wait before another try, or raise what a broken stream means."""
+        self._check()
+        # hf_xet loses some errors: the stream just ends early.
+        error = failure or ConnectionError("the stream ended early")
+        found = re.search(r"\((\d{3})\b", str(error))
+        refused = (found is not None and int(found[1]) in REFUSED) or isinstance(error, (ValueError, PermissionError))
+        if refused and tries + 1 >= REPEATS:
+            raise HubError(
+                f"{what}: Xet storage refused: {self._client.clean(error)}; check that this account may still read "
+                "the repo, or set HF_HUB_DISABLE_XET=1 to read over plain HTTP"
+            )
+        with self._lock:
+            if self._group is group:
+                self._group = None  # the next one starts with a fresh token
+        self._client.pause(tries, started, what, error, self._wait)
+
+    def _open(self) -> Any:
+        """The group that all streams share: it keeps connections and the storage token."""
+        with self._lock:
+            self._check()
+            if self._group is None:
+                snapshot, client = self._snapshot, self._client
+                url, headers = token_refresh(client, snapshot.address.repo_id, "read", snapshot.commit)
+                self._group = xet_session(client.patience.silence, tries=1).new_download_stream_group(
+                    token_refresh_url=url, token_refresh_headers=headers, custom_headers=xet_headers(client)
+                )
+                self._groups.append(self._group)
+            return self._group
+
+    def _check(self) -> None:
+        if self._closed:
+            raise HubError(f"{self._snapshot.address}: was closed while it was read")
+
+    def close(self) -> None:
+        """Cancel all streams."""
+        self._closed = True
+        for group in self._groups:
+            group.abort()
+        self._groups.clear()
+
+
+def _info(file: RemoteFile) -> Any:
+    import hf_xet
+
+    return hf_xet.XetFileInfo(file.xet_hash, file.nbytes)
