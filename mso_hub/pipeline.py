@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mso_hub.card import CARD, note_errors, write_card
-from mso_hub.engine import ThreadEngine, write_pieces
+from mso_hub.engine import Piece, ThreadEngine, write_pieces
 from mso_hub.errors import CheckpointError, RecipeError
 from mso_hub.events import Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
 from mso_hub.formats.packed_int import shape_reader
-from mso_hub.plan import Plan, Recipe, ShardPlan, plan_checkpoint
+from mso_hub.plan import Plan, Recipe, plan_checkpoint
 from mso_hub.sink import Entry, Sink, open_sink
 from mso_hub.source import Job, Range, Source, open_source, read_checkpoint
 
@@ -56,10 +56,12 @@ def convert(
         sink.begin(plan.job, sizes)
         progress = _Progress(plan, sink, on_event)
         work = _Work(plan, source, sink, sizes)
+        for name in work.copied:
+            progress.file(name)
         source.expect(work.jobs(engine))
         pieces = engine.run(plan, work.shards, source.read, _Notes(sink), once=source.distant, measure=card)
         for piece in write_pieces(note_errors(pieces, sink.note), sink, source.settle):
-            progress.tensor(piece.step.weight.name, piece.step.weight.nbytes, done=piece.done)
+            progress.piece(piece)
         for name in work.files:
             work.copy(name)
             progress.file(name)
@@ -105,7 +107,8 @@ class _Work:
     """What is left to do after `sink.begin`: shards for the engine, files to copy.
 
     shards  plans of the shards that no earlier run completed
-    files   files to copy or to write, in this order; those that the Hub copied by itself are done already
+    copied  files that the Hub has copied by itself just now
+    files   files to copy or to write, in this order
     """
 
     def __init__(self, plan: Plan, source: Source, sink: Sink, sizes: Mapping[str, int]) -> None:
@@ -114,7 +117,8 @@ class _Work:
         self.shards = [s for s in plan.shards if s.original is None and s.name not in done]
         worked = {s.name for s in self.shards}
         left = [name for name in sizes if name not in done and name not in worked]
-        self.files = [name for name in left if not self._copied_there(name)]
+        self.copied = [name for name in left if self._copied_there(name)]
+        self.files = [name for name in left if name not in set(self.copied)]
 
     def _copied_there(self, name: str) -> bool:
         """Did the Hub copy the file from repo to repo?"""
@@ -148,32 +152,32 @@ class _Progress:
 
     def __init__(self, plan: Plan, sink: Sink, on_event: Listener) -> None:
         self._sink, self._on_event = sink, on_event
-        self._waiting = {shard.name: shard for shard in plan.shards}
+        self._shards = {shard.name: shard for shard in plan.shards}
+        self._written: set[str] = set()
         on_event(PlanReady(plan.read_bytes, plan.write_bytes, len(plan.shards)))
-        for name in [n for n in self._waiting if n in sink.entries]:
-            on_event(ShardResumed(name, self._waiting.pop(name).read_bytes))
+        for name in (n for n in self._shards if n in sink.entries):
+            on_event(ShardResumed(name, self._shards[name].read_bytes))
 
-    def tensor(self, name: str, nbytes: int, *, done: bool) -> None:
-        """A piece is out; `done` when it was its weight's last."""
-        if done:
-            self._on_event(TensorDone(name, nbytes))
+    def piece(self, piece: Piece) -> None:
+        """A piece is out."""
+        if piece.done:
+            self._on_event(TensorDone(piece.step.weight.name, piece.step.weight.nbytes))
+            if piece.step is piece.shard.steps[-1]:
+                self._written.add(piece.shard.name)
         self.stored()
 
     def file(self, name: str) -> None:
-        """A file was copied; its tensors went with it."""
-        shard = self._waiting.get(name)
-        if shard is not None:
-            self._tensors(shard)
+        """A file was copied; where it is a shard, its tensors went with it."""
+        if name in self._shards:
+            for step in self._shards[name].steps:
+                self._on_event(TensorDone(step.weight.name, step.weight.nbytes))
+            self._written.add(name)
         self.stored()
 
-    def _tensors(self, shard: ShardPlan) -> None:
-        for step in shard.steps:
-            self._on_event(TensorDone(step.weight.name, step.weight.nbytes))
-
     def stored(self) -> None:
-        """Report shards that the sink has by now."""
-        for name in [n for n in self._waiting if n in self._sink.entries]:
-            del self._waiting[name]
+        """Report shards whose tensors were reported and that the sink has by now."""
+        for name in [n for n in self._written if n in self._sink.entries]:
+            self._written.remove(name)
             entry = self._sink.entries[name]
             self._on_event(ShardDone(name, entry.nbytes, entry.sha256))
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
-from mso_hub.events import Event, Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
+from mso_hub.events import Event, Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, Waiting, ignore
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -31,6 +31,8 @@ class Bar:
 
             self._bar = tqdm(total=event.read_bytes, unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True)
             self._shards = event.shards
+        if isinstance(event, Waiting):
+            waiting(event)
         if self._bar is None:
             return
         if isinstance(event, TensorDone):
@@ -49,6 +51,14 @@ class Bar:
         """End its line, so that what comes next starts on one of its own."""
         if self._bar is not None:
             self._bar.close()
+
+
+def waiting(event: Event) -> None:
+    """Say on stderr that the Hub lets us wait; other events are not for here."""
+    if isinstance(event, Waiting):
+        from tqdm import tqdm
+
+        tqdm.write(f"{event.what}: {event.why}; trying again in {event.seconds:.0f} s", file=sys.stderr)
 
 
 def json_line(event: Event) -> None:

@@ -186,9 +186,10 @@ def extract(config: str, output: str | None, verbose: bool) -> None:
 def inspect(source: str | None, input_dir: str | None, json: bool) -> None:
     """Show what a checkpoint holds, from its headers."""
     from mso_hub.display import inspect_dict, inspect_text
+    from mso_hub.progress import waiting
     from mso_hub.source import open_source, read_checkpoint
 
-    with closing(open_source(one_of(source, input_dir))) as opened:
+    with closing(open_source(one_of(source, input_dir), on_event=waiting)) as opened:
         checkpoint = read_checkpoint(opened)
     emit(inspect_dict(checkpoint) if json else inspect_text(checkpoint))
 
@@ -202,8 +203,12 @@ def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) 
     """Show from headers what would be quantized, what not and why, and the sizes."""
     from mso_hub.display import plan_as_dict, plan_text
     from mso_hub.pipeline import make_plan
+    from mso_hub.progress import waiting
+    from mso_hub.source import open_source
 
-    planned = make_plan(one_of(source, input_dir), build_recipe(options))
+    recipe = build_recipe(options)
+    with closing(open_source(one_of(source, input_dir), on_event=waiting)) as opened:
+        planned = make_plan(opened, recipe)
     emit(plan_as_dict(planned) if json else plan_text(planned))
 
 
@@ -215,9 +220,10 @@ def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) 
 def verify(checkpoint: str, source: str | None, reference: str | None, json: bool) -> None:
     """Check a finished checkpoint: structure, config, shared scales, numbers. Exit code 2 when something is wrong."""
     from mso_hub.display import report_text
+    from mso_hub.progress import waiting
     from mso_hub.verify import verify_checkpoint
 
-    report = verify_checkpoint(checkpoint, source=source, reference=reference)
+    report = verify_checkpoint(checkpoint, source=source, reference=reference, on_event=waiting)
     emit(report.as_dict() if json else report_text(report))
     if not report.ok:
         sys.exit(2)
@@ -230,9 +236,10 @@ def verify(checkpoint: str, source: str | None, reference: str | None, json: boo
 def compare(first: str, second: str, json: bool) -> None:
     """Compare the scales and weights of two checkpoints, whatever their formats."""
     from mso_hub.display import comparison_text
+    from mso_hub.progress import waiting
     from mso_hub.verify import compare_checkpoints
 
-    comparison = compare_checkpoints(first, second)
+    comparison = compare_checkpoints(first, second, on_event=waiting)
     emit(comparison.as_dict() if json else comparison_text(comparison))
 
 

@@ -100,15 +100,11 @@ class Weight:
 
     def load(self, read: Reader, start: int, stop: int) -> dict[str, Array]:
         """Stored bytes of rows [start, stop), role -> array with the bits of the part's dtype."""
-        return {
-            role: read_rows(read, info, self._part_rows(role, start, stop)) for role, info in self.parts.items()
-        }
+        return {role: read_rows(read, info, self._part_rows(role, start, stop)) for role, info in self.parts.items()}
 
     def ranges(self, start: int, stop: int) -> list[tuple[str, int, int]]:
         """The reads that `load` makes for rows [start, stop)."""
-        return [
-            (info.file, *row_range(info, self._part_rows(role, start, stop))) for role, info in self.parts.items()
-        ]
+        return [(info.file, *row_range(info, self._part_rows(role, start, stop))) for role, info in self.parts.items()]
 
     def values(self, loaded: Mapping[str, Array], start: int, stop: int) -> tuple[Array, str]:
         """Numbers of a loaded block and the dtype tag they carry: as stored when dense, else exact in F32."""

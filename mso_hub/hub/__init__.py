@@ -9,4 +9,15 @@ from mso_hub.hub.address import Address, is_address, looks_like_repo, parse_addr
 from mso_hub.hub.client import Client, Patience
 from mso_hub.hub.repository import Origin, RemoteFile, Snapshot, take_snapshot
 
-__all__ = ["Address", "Client", "Origin", "Patience", "RemoteFile", "Snapshot", "is_address", "looks_like_repo", "parse_address", "take_snapshot"]
+__all__ = [
+    "Address",
+    "Client",
+    "Origin",
+    "Patience",
+    "RemoteFile",
+    "Snapshot",
+    "is_address",
+    "looks_like_repo",
+    "parse_address",
+    "take_snapshot",
+]

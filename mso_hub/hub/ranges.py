@@ -150,7 +150,9 @@ class Ranges:
             if urlsplit(target)[:2] != urlsplit(self._client.endpoint)[:2]:
                 return Place(target, {})
             url = target
-        raise HubError(f"{self._snapshot.address}/{file.path}: {self._client.endpoint} redirects more than {HOPS} times")
+        raise HubError(
+            f"{self._snapshot.address}/{file.path}: {self._client.endpoint} redirects more than {HOPS} times"
+        )
 
     def _url(self, file: RemoteFile) -> str:
         snapshot = self._snapshot

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mso_hub.errors import HubError, MsoError, SinkError, TransientError
-from mso_hub.hub.client import Client
+from mso_hub.hub.client import Client, Patience
 from mso_hub.hub.lfs import send_lfs
 from mso_hub.hub.memory import MemoryFile
 from mso_hub.hub.repository import RemoteFile
@@ -127,9 +128,16 @@ class _XetStream:
         self._name, self._nbytes = f"{target}/{path}", nbytes
         self._client = client
         url, headers = token_refresh(client, target.repo_id, "write", target.token_revision, create_pr=target.create_pr)
+        # The first token by ourselves: hf_xet gives up on a busy Hub after seconds, and hides what it said.
+        granted = client.request("GET", url, what=str(target)).json()
         with self._naming():
-            self._commit: Any = xet_session(client.patience.silence).new_upload_commit(
-                token_refresh_url=url, token_refresh_headers=headers, custom_headers=xet_headers(client)
+            self._commit: Any = xet_session(client.patience.silence, _tries(client.patience)).new_upload_commit(
+                endpoint=granted["casUrl"],
+                token=granted["accessToken"],
+                token_expiry_unix_secs=granted["exp"],
+                token_refresh_url=url,
+                token_refresh_headers=headers,
+                custom_headers=xet_headers(client),
             )
             self._stream: Any = self._commit.start_upload_stream(name=path, sha256=hf_xet.COMPUTE_SHA256)
 
@@ -209,6 +217,11 @@ class _LfsObject:
     def abort(self) -> None:
         """Free the memory; a transfer under way ends at its next block."""
         self._memory.close()
+
+
+def _tries(patience: Patience) -> int:
+    """Tries of one storage request, with 1 s, 2 s, 4 s ... between them: the producer cannot repeat its bytes."""
+    return max(2, math.ceil(math.log2(patience.total + 1)))
 
 
 def goes_to_git(client: Client, target: Target, path: str, nbytes: int, sample: bytes) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from mso_hub.engine.threads import default_workers
 from mso_hub.errors import VerifyError
+from mso_hub.events import Listener, ignore
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import read_rows
 from mso_hub.verify.report import TensorError, plain
@@ -67,9 +68,9 @@ def _scale_quantiles(opened: Opened) -> dict[str, tuple[float, ...]]:
     }
 
 
-def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
+def compare_checkpoints(first: str | Path, second: str | Path, *, on_event: Listener = ignore) -> Comparison:
     """Compare every weight that two checkpoints share, whatever their formats; VerifyError when they share none."""
-    with opening(first) as a, opening(second) as b:
+    with opening(first, on_event) as a, opening(second, on_event) as b:
         return _compare((str(first), str(second)), like(a, b), like(b, a))
 
 

@@ -65,9 +65,9 @@ def open_weights(where: str | Path | Source) -> Opened:
 
 
 @contextmanager
-def opening(where: str | Path | Source) -> Iterator[Opened]:
+def opening(where: str | Path | Source, on_event: Listener = ignore) -> Iterator[Opened]:
     """`open_weights` for the length of a block; a source of the caller's own stays open."""
-    source = open_source(where) if isinstance(where, str | Path) else where
+    source = open_source(where, on_event=on_event) if isinstance(where, str | Path) else where
     try:
         yield open_weights(source)
     finally:
@@ -90,8 +90,8 @@ def verify_checkpoint(
     Raises CheckpointError for headers that cannot be read at all; everything else is in `Report.problems`.
     """
     with ExitStack() as stack:
-        mine = stack.enter_context(opening(where))
-        theirs = like(stack.enter_context(opening(source)), mine) if source is not None else None
+        mine = stack.enter_context(opening(where, on_event))
+        theirs = like(stack.enter_context(opening(source, on_event)), mine) if source is not None else None
         return _verify(mine, theirs, reference, on_event)
 
 

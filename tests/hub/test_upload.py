@@ -250,6 +250,13 @@ def test_a_permission_that_is_withdrawn_is_no_outage(place: Place) -> None:
     assert place.hub.token() not in str(caught.value)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_is_busy_when_a_shard_begins_is_waited_for(place: Place, status: int) -> None:
+    place.hub.fail("xet-write-token|info/lfs", status=status, times=3)
+    data = noise(2 * MIB, f"{place.repo}{status}")
+    assert stored(place, SHARD, data).sha256 == hashlib.sha256(data).hexdigest()
+
+
 # --- LFS ---------------------------------------------------------------------------------------------
 
 
