@@ -1,8 +1,8 @@
 """Files of a snapshot as streams and ranges, from Xet storage or over plain HTTP.
 
-Xet is used for files of which the API tells a Xet hash, when hf_xet is installed and HF_HUB_DISABLE_XET is not set:
-it fetches with many connections, and checks every chunk. Otherwise a file is read in ranges of 8 MiB, several at a
-time; whoever streams all of it has to compare its SHA-256 with digest().
+Xet is used for files of which the API tells a Xet hash, when hf_xet is installed and HF_HUB_DISABLE_XET is not set: it
+fetches with connections of its own. Otherwise a file is read in ranges of 8 MiB, several at a time. Neither checks
+what comes (hf_xet 1.8 hands out changed bytes of a damaged store): who streams all of a file compares its SHA-256.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ class Download:
         return self._file(path).nbytes
 
     def digest(self, path: str) -> str | None:
-        """SHA-256 that a stream of the whole file must have; None when Xet checks it, or the Hub knows none."""
-        file = self._file(path)
-        return None if self._by_xet(file) else file.sha256
+        """SHA-256 that a stream of the whole file must have; None for files in git, of which the Hub knows none."""
+        return self._file(path).sha256
 
     def read(self, path: str, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) by one request, in the thread of the caller."""

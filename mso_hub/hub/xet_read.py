@@ -33,7 +33,7 @@ class XetReader:
         self._closed = False
 
     def stream(self, file: RemoteFile, begin: int, end: int) -> Generator[memoryview, None, None]:
-        """Bytes [begin, end) in order, checked chunk by chunk; continued where it breaks."""
+        """Bytes [begin, end) in order; continued where it breaks."""
         what = f"{self._snapshot.address}/{file.path}"
         at, tries, started = begin, 0, time.monotonic()
         while at < end:

@@ -24,6 +24,8 @@ QUANTIZATION_FILES = frozenset(
     ]
 )
 """Describe how the source was quantized: false for the output."""
+REPO_FILES = frozenset([".gitattributes", ".gitignore"])
+"""Settings of one git repo: another repo has its own."""
 OTHER_WEIGHTS = re.compile(
     r"(^|/)(pytorch_model|consolidated|model|tf_model|flax_model|rust_model|adapter_model)\S*"
     r"\.(bin|pth?|h5|msgpack|ot|ckpt)(\.index\.json)?$|\.(gguf|onnx|onnx_data|tflite|mlmodel)$"
@@ -43,7 +45,7 @@ def carried_files(files: Mapping[str, int], *, text_only: bool) -> tuple[tuple[s
         if name.startswith(apart):
             carried.append(name)
             continue
-        stale = PurePosixPath(name).name in QUANTIZATION_FILES or OTHER_WEIGHTS.search(name)
+        stale = PurePosixPath(name).name in QUANTIZATION_FILES or name in REPO_FILES or OTHER_WEIGHTS.search(name)
         (behind if stale or (text_only and PROCESSOR_FILES.search(name)) else carried).append(name)
     return tuple(carried), tuple(behind)
 

@@ -42,7 +42,7 @@ class Transport(Protocol):
         """Bytes of a file."""
 
     def digest(self, file: str) -> str | None:
-        """SHA-256 that a stream of the whole file must have; None when what comes was checked on its way."""
+        """SHA-256 that a stream of the whole file must have; None when nobody knows it."""
 
     def streamed(self, file: str) -> None:
         """The stream of a file is complete: its first bytes need not be remembered any longer."""

@@ -229,7 +229,6 @@ def test_a_checkpoint_without_config_cannot_be_announced() -> None:
 CARRIED = [
     "README.md",
     "LICENSE",
-    ".gitattributes",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -251,6 +250,7 @@ CARRIED = [
     "added_tokens.json",
 ]
 BEHIND = [
+    ".gitattributes",
     "hf_quant_config.json",
     "quantize_config.json",
     "quant_config.json",
