@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,21 @@ from click.testing import CliRunner
 from mso_hub.cli import main
 from mso_hub.demo import TINY_MODEL, run_demo
 from mso_hub.errors import RecipeError, VerifyError
+from mso_hub.hub.devhub import DevHub
+from mso_hub.hub.devhub.seed import connect
+from mso_hub.source import open_source, read_checkpoint
 from tests.helpers import tensors_of, tiny_llama, write_checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Caches, logs and logins of the client of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        for name in ("HF_HOME", "HF_XET_CACHE", "MSO_HUB_CACHE"):
+            patch.setenv(name, str(folder / name))
+        patch.delenv("HF_TOKEN", raising=False)
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -23,41 +38,50 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
     words = [str(Path(sys.executable).parent / "mso-hub"), "demo"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True, cwd=folder)
-    return folder, done.stdout
+    return folder / "demo-output", done.stdout
 
 
 def test_the_trained_model_goes_there_and_back(demo: tuple[Path, str]) -> None:
-    """NVFP4 in a third of the bytes, BF16 again, both verified, in demo-output."""
+    """NVFP4 in under half of the bytes in a repo, BF16 again in a folder, both verified."""
     folder, shown = demo
-    packed, dense = tensors_of(folder / "demo-output" / "nvfp4"), tensors_of(folder / "demo-output" / "bf16")
-    original = tensors_of(TINY_MODEL)
-    assert sum(name.endswith("weight_packed") for name in packed) == 112
+    with DevHub(folder / "hub", xet=True) as hub:
+        source = open_source("hf://dev/tiny-qwen3-moe-NVFP4", client=connect(hub, "read"))
+        packed = [info for shard in read_checkpoint(source).shards.values() for info in shard.tensors]
+        source.close()
+    dense, original = tensors_of(folder / "bf16"), tensors_of(TINY_MODEL)
+    assert sum(info.name.endswith("weight_packed") for info in packed) == 112
     assert {name: (t.dtype, t.shape) for name, t in dense.items()} == {
         name: (t.dtype, t.shape) for name, t in original.items()
     }
-    assert sum(t.nbytes for t in packed.values()) < 0.5 * sum(t.nbytes for t in original.values())
+    assert sum(info.nbytes for info in packed) < 0.5 * sum(t.nbytes for t in original.values())
     assert shown.count("no problems found") == 2
-    assert "serve it: vllm serve demo-output/nvfp4" in shown
+    assert "serve it: vllm serve dev/tiny-qwen3-moe-NVFP4" in shown
 
 
-def test_the_commands_shown_do_the_same(demo: tuple[Path, str], tmp_path: Path) -> None:
-    """Typed into a shell they write the same files and find no problem either."""
+def test_the_commands_shown_do_the_same(
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typed into a shell, beside the Hub that the demo left, they find everything done and no problem either."""
     folder, shown = demo
     commands = [shlex.split(line)[2:] for line in shown.splitlines() if line.startswith("$ mso-hub ")]
-    assert [command[0] for command in commands] == ["plan", "quantize", "verify", "decompress", "verify"]
-    for command in commands:
-        result = CliRunner().invoke(main, [word.replace("demo-output", str(tmp_path)) for word in command])
-        assert result.exit_code == 0, result.output
-    for name in ("nvfp4", "bf16"):
-        for path in (folder / "demo-output" / name).glob("*.safetensors"):
-            assert (tmp_path / name / path.name).read_bytes() == path.read_bytes()
+    verbs = [command[0] for command in commands]
+    assert verbs == ["inspect", "plan", "quantize", "verify", "decompress", "verify"]
+    with DevHub(folder / "hub", xet=True) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", hub.token())
+        for command in commands:
+            words = [word.replace("NVFP4", "AGAIN").replace("demo-output", str(tmp_path)) for word in command]
+            result = CliRunner().invoke(main, words)
+            assert result.exit_code == 0, result.output
+    for path in (folder / "bf16").glob("*.safetensors"):
+        assert (tmp_path / "bf16" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_demo_can_be_repeated_and_takes_another_model(tmp_path: Path) -> None:
     """An earlier result of it is replaced, also by one of another model."""
     lines: list[str] = []
     for seed in (1, 2):
-        source = tiny_llama(tmp_path / f"in{seed}", seed=seed)
+        source = tiny_llama(tmp_path / str(seed) / "in", seed=seed)
         run_demo(str(source), tmp_path / "out", lines.append)
         name = "model.embed_tokens.weight"
         assert torch.equal(tensors_of(tmp_path / "out" / "bf16")[name], tensors_of(source)[name])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from mso_hub.errors import RecipeError
+from mso_hub.hub.client import mask
 
 PREFIXES = ("hf://", "https://", "http://")
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,7 +29,10 @@ class Address:
 
     def __str__(self) -> str:
         """As the user would type it."""
-        at = f"@{self.revision}" if self.revision else ""
+        revision = self.revision or ""
+        # Elsewhere a slash ends the revision.
+        at = revision if revision.startswith("refs/") else quote(revision, safe="")
+        at = at and f"@{at}"
         return f"hf://{self.repo_id}{at}" + (f"/{self.folder}" if self.folder else "")
 
 
@@ -50,9 +55,9 @@ def parse_address(where: str) -> Address:
         uri = parse_hf_uri(where)
     except (HfUriError, HFValidationError) as error:
         raise RecipeError(
-            f"{where}: must be hf://org/name or hf://org/name@revision, could not be read so: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+            f"{mask(where)}: must be hf://org/name or hf://org/name@revision, could not be read so: "
+            f"{mask(str(error).splitlines()[0])}"
+        ) from None
     if uri.type != "model":
         raise RecipeError(f"{where}: must be a model repo, this is a {uri.type}; checkpoints live in model repos")
     return Address(uri.id, uri.revision, uri.path_in_repo.strip("/"))

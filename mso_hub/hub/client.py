@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from mso_hub.errors import HubError, MsoError, RecipeError, TransientError
 from mso_hub.events import Listener, Waiting, ignore
@@ -72,7 +73,10 @@ def find_token() -> str | None:
     if Path(".env").is_file():
         from dotenv import dotenv_values
 
-        token = (dotenv_values(".env").get("HF_TOKEN") or "").strip()
+        try:
+            token = (dotenv_values(".env").get("HF_TOKEN") or "").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f".env: cannot be read for HF_TOKEN: {error}; repair it, or set HF_TOKEN") from error
         if token:
             return token
     return get_token()
@@ -94,7 +98,7 @@ class Client:
 
         self.patience = patience or default_patience()
         self.on_event = on_event
-        self._token = find_token() if token is None or token is True else (token or None)
+        self._token = _usable(find_token() if token is None or token is True else token or None)
         _bound_waiting(self.patience.silence)
         self.api = HfApi(endpoint=endpoint, token=self._token or False, library_name="mso_hub")
 
@@ -116,13 +120,15 @@ class Client:
 
     def clean(self, text: object) -> str:
         """A message without tokens and without the signatures in URLs."""
-        found = re.sub(r"(https?://[^\s?\"']+)\?[^\s\"')]+", r"\1?...", str(text))
-        if self._token:
-            found = found.replace(self._token, "hf_***")
-        return re.sub(r"\bhf_[A-Za-z0-9]{16,}\b", "hf_***", found)
+        found = mask(str(text))
+        return found.replace(self._token, "hf_***") if self._token else found
 
-    def request(self, method: str, url: str, *, what: str, **settings: Any) -> Any:
+    def request(
+        self, method: str, url: str, *, what: str, wait: Callable[[float], object] = time.sleep, **settings: Any
+    ) -> Any:
         """One request to the Hub itself (path or URL), repeated as `attempt` does; the response, checked.
+
+        A URL of another origin gets no token.
 
         what      names the thing in messages: `hf://org/name`
         settings  as httpx takes them: json, content, params, headers
@@ -130,7 +136,8 @@ class Client:
         from huggingface_hub.utils import get_session, hf_raise_for_status
 
         full = url if url.startswith("http") else f"{self.endpoint}{url}"
-        headers = {**self.headers(), **settings.pop("headers", {})}
+        ours = self.headers() if urlsplit(full)[:2] == urlsplit(self.endpoint)[:2] else {}
+        headers = {**ours, **settings.pop("headers", {})}
 
         def once() -> Any:
             """One try."""
@@ -138,7 +145,7 @@ class Client:
             hf_raise_for_status(response)
             return response
 
-        return self.attempt(once, what=what)
+        return self.attempt(once, what=what, wait=wait)
 
     def attempt(self, call: Callable[[], T], *, what: str, wait: Callable[[float], object] = time.sleep) -> T:
         """Result of `call`; repeats it while the Hub is busy or gone, raises HubError or TransientError otherwise.
@@ -193,6 +200,22 @@ class Client:
         return HubError(self.clean(_meaning(error, what, self)))
 
 
+def mask(text: str) -> str:
+    """A text without what looks like a token, and without the queries of URLs, which may hold signatures."""
+    found = re.sub(r"(https?://[^\s?\"']+)\?[^\s\"')]+", r"\1?...", text)
+    found = re.sub(r"(https?://)[^\s/@\"']+@", r"\1***@", found)
+    found = re.sub(r"(?i)\bbearer\s+[^\s\"']+", "Bearer ***", found)
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}\b", "hf_***", found)
+
+
+def _usable(token: str | None) -> str | None:
+    """A token that can stand in a header, None for none; the error of httpx would show it."""
+    token = (token or "").strip()
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise RecipeError(f"token: {len(token)} characters with blanks or beyond ASCII among them; copy it again")
+    return token or None
+
+
 def _bound_waiting(silence: float) -> None:
     """huggingface_hub waits for ever by default; a user's own client factory is left alone."""
     from huggingface_hub.utils import _http, httpx, set_client_factory
@@ -231,7 +254,8 @@ def may_pass(error: Exception) -> bool:
 
     if status_of(error) is not None:
         return status_of(error) in AGAIN
-    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
+    hopeless = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+    return isinstance(error, httpx.TransportError) and not isinstance(error, hopeless)
 
 
 def asked_wait(error: Exception) -> float | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from mso_hub.hub.address import Address
 from mso_hub.hub.client import Client
@@ -54,23 +55,25 @@ class Snapshot:
 
 def take_snapshot(client: Client, address: Address) -> Snapshot:
     """Resolve the revision once and list all files; HubError for a repo that is missing, private, gated, disabled."""
-    from huggingface_hub.hf_api import RepoFile
-
     what, repo = str(address), address.repo_id
     info = client.attempt(lambda: client.api.model_info(repo, revision=address.revision), what=what)
     # model_info shows the card of a gated repo to everyone; only this says whether its files may be read.
     client.attempt(lambda: client.api.auth_check(repo), what=what)
     commit = str(info.sha)
 
-    def listing() -> list[RepoFile]:
-        """The whole tree."""
-        entries = client.api.list_repo_tree(repo, recursive=True, revision=commit)
-        return [entry for entry in entries if isinstance(entry, RepoFile)]
+    return Snapshot(address, commit, dict(sorted(_list_files(client, repo, commit, what))))
 
-    files = {
-        entry.path: RemoteFile(
-            entry.path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None, entry.xet_hash
-        )
-        for entry in client.attempt(listing, what=what)
-    }
-    return Snapshot(address, commit, dict(sorted(files.items())))
+
+def _list_files(client: Client, repo: str, commit: str, what: str) -> Iterator[tuple[str, RemoteFile]]:
+    """The whole tree, page by page; each page is repeated on its own."""
+    url: str | None = f"/api/models/{repo}/tree/{commit}?recursive=true&expand=false"
+    while url is not None:
+        response = client.request("GET", url, what=what)
+        for entry in response.json():
+            if entry["type"] == "file":
+                large = entry.get("lfs") or {}
+                path, size = str(entry["path"]), int(entry["size"])
+                yield path, RemoteFile(path, size, entry["oid"], large.get("oid"), entry.get("xetHash"))
+        # A mirror may name the Hub itself in its links: stay with the one that was chosen.
+        link = urlsplit(response.links.get("next", {}).get("url", ""))
+        url = f"{link.path}?{link.query}" if link.query else None

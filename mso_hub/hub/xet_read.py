@@ -82,9 +82,12 @@ class XetReader:
             if self._group is None:
                 snapshot, client = self._snapshot, self._client
                 url, headers = token_refresh(client, snapshot.address.repo_id, "read", snapshot.commit)
+                # The first token by ourselves: hf_xet does not tell what a Hub says that refuses it, or is busy.
+                granted = client.request("GET", url, what=str(snapshot.address), wait=self._wait).json()
                 self._group = xet_session(client.patience.silence, tries=1).new_download_stream_group(
-                    token_refresh_url=url, token_refresh_headers=headers, custom_headers=xet_headers(client)
-                )
+                    endpoint=granted["casUrl"], token=granted["accessToken"], token_expiry_unix_secs=granted["exp"],
+                    token_refresh_url=url, token_refresh_headers=headers, custom_headers=xet_headers(client),
+                )  # fmt: skip
                 self._groups.append(self._group)
             return self._group
 

@@ -19,7 +19,7 @@ from mso_hub.formats import DENSE, FORMATS, Format
 from mso_hub.formats.detect import quantization_configs, read_weights, with_dtype, without_quantization
 from mso_hub.formats.packed_int import ReadShape
 from mso_hub.formats.weight import Weight
-from mso_hub.plan.config import carried_files, check_substrings, ignore_list
+from mso_hub.plan.config import REPO_FILES, carried_files, check_substrings, ignore_list
 from mso_hub.plan.recipe import Recipe
 from mso_hub.plan.select import Selection, select
 from mso_hub.plan.text import text_model
@@ -363,6 +363,6 @@ def _notes(
         notes.append(f"{len(unused)} imported exclude patterns match nothing here, the first is {unused[0]!r}")
     if empty := sorted(set(checkpoint.shards) - {shard.name for shard in shards}):
         notes.append(f"{len(empty)} shards are left without tensors and not written: {', '.join(empty[:3])}")
-    if behind:
-        notes.append(f"not carried, they describe the old weights: {', '.join(behind[:5])}")
+    if stale := [name for name in behind if name not in REPO_FILES]:
+        notes.append(f"not carried, they describe the old weights: {', '.join(stale[:5])}")
     return tuple(notes)
