@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -49,7 +50,7 @@ class Patience:
 
     def wait(self, tries: int) -> float:
         """Seconds before repetition number `tries`, counted from 0."""
-        return min(self.longest, self.first * 2.0**tries) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
+        return min(self.longest, self.first * 2.0 ** min(tries, 60)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
 
 
 def default_patience() -> Patience:
@@ -59,8 +60,10 @@ def default_patience() -> Patience:
         return Patience()
     try:
         total = float(text)
-    except ValueError as error:
-        raise RecipeError(f"{PATIENCE_VARIABLE}: needs a number of seconds, got {text!r}") from error
+    except ValueError:
+        total = -1.0
+    if not 0 <= total < float("inf"):
+        raise RecipeError(f"{PATIENCE_VARIABLE}: needs a number of seconds, got {text!r}; for example 600")
     return Patience(total=total, silence=min(SILENCE, max(1.0, total)))
 
 
@@ -240,7 +243,7 @@ def client_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import httpx
 
-    return (httpx.HTTPError, OSError, HFValidationError)
+    return (httpx.HTTPError, httpx.InvalidURL, OSError, HFValidationError, JSONDecodeError)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -308,6 +311,8 @@ def _meaning(error: Exception, what: str, client: Client) -> str:
         )
     if status == 403:
         return f"{what}: this account may not do that ({said}); use a token with write permission, or --create_pr"
+    if isinstance(error, JSONDecodeError):
+        return f"{what}: {client.endpoint} answered something else than JSON; a proxy in between may want a login"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{what}: HF_HUB_OFFLINE is set, so no request is sent; unset it to use the Hub"
     return f"{what}: the Hub refused ({status or type(error).__name__}): {said}"

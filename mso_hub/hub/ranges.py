@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from mso_hub.errors import HubError
-from mso_hub.hub.client import AGAIN, Client
+from mso_hub.errors import HubError, MsoError
+from mso_hub.hub.client import AGAIN, Client, client_errors, may_pass, status_of
 from mso_hub.hub.repository import RemoteFile, Snapshot
 
 EXPIRED = frozenset({401, 403})
@@ -62,7 +62,7 @@ class Ranges:
                 tries, renewals, started = 0, 0, time.monotonic()
             if failure is None:
                 continue
-            status = getattr(getattr(failure, "response", None), "status_code", None)
+            status = status_of(failure)
             if status in EXPIRED and not place.headers and renewals < RENEWALS:
                 renewals += 1
                 self._renew(file, place)
@@ -72,6 +72,8 @@ class Ranges:
                     f"{what}: bytes [{begin + done:,}, {begin + len(target):,}) were refused with status {status}; "
                     "check that this account may still read the repo, then run the same command again"
                 )
+            if status is None and not may_pass(failure):
+                raise self._client.explain(failure, what)
             self._client.pause(tries, started, what, failure, self._wait)
             tries += 1
 
@@ -91,9 +93,11 @@ class Ranges:
                         raise self._wrong(file, begin, end, f"more than {done:,} bytes")
                     target[done : done + len(data)] = data
                     done += len(data)
-        except (httpx.TransportError, RuntimeError) as error:
-            self._check()
-            if not isinstance(error, httpx.TransportError):
+        except MsoError:
+            raise
+        except (*client_errors(), RuntimeError) as error:
+            self._check()  # a client that is closed while it is used says so by RuntimeError
+            if isinstance(error, RuntimeError):
                 raise
             return done, error
         if done < len(target):

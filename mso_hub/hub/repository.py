@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 from urllib.parse import urlsplit
 
 from mso_hub.hub.address import Address
@@ -68,12 +70,18 @@ def _list_files(client: Client, repo: str, commit: str, what: str) -> Iterator[t
     """The whole tree, page by page; each page is repeated on its own."""
     url: str | None = f"/api/models/{repo}/tree/{commit}?recursive=true&expand=false"
     while url is not None:
-        response = client.request("GET", url, what=what)
-        for entry in response.json():
+        page, links = client.attempt(partial(_page, client, url, what), what=what)
+        for entry in page:
             if entry["type"] == "file":
                 large = entry.get("lfs") or {}
                 path, size = str(entry["path"]), int(entry["size"])
                 yield path, RemoteFile(path, size, entry["oid"], large.get("oid"), entry.get("xetHash"))
         # A mirror may name the Hub itself in its links: stay with the one that was chosen.
-        link = urlsplit(response.links.get("next", {}).get("url", ""))
+        link = urlsplit(links.get("next", {}).get("url", ""))
         url = f"{link.path}?{link.query}" if link.query else None
+
+
+def _page(client: Client, url: str, what: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+    """Entries of one page, and the links to others."""
+    response = client.request("GET", url, what=what)
+    return response.json(), response.links

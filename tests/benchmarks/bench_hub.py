@@ -135,12 +135,20 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """Stored objects never change and may be linked; databases and settings do."""
+    if source.endswith(".redb") or Path(source).stat().st_size < MB:
+        shutil.copyfile(source, target)
+    else:
+        os.link(source, target)
+
+
 @contextmanager
 def serving(base: Path, scene: Scene) -> Iterator[DevHub]:
-    """A Hub on a copy of a store (by links: stored objects never change), so that no contender finds another's work."""
+    """A Hub on a copy of a store, so that no contender finds another's work."""
     store = base.with_name("store")
     remove(store)
-    shutil.copytree(base, store, copy_function=os.link)
+    shutil.copytree(base, store, copy_function=link_or_copy)
     with DevHub(store, xet=scene.xet) as hub:
         hub.set(bandwidth_down=scene.bandwidth, bandwidth_up=scene.bandwidth)
         yield hub
