@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 PEERS  := .venv-llmcompressor
 CORE   := $(VENV)/.installed-core
 DEV    := $(VENV)/.installed-dev
+OLDEST := $(VENV)/oldest-client
 
 # BENCH_PEERS=1 adds llm-compressor and ModelOpt to the benchmark.
 BENCH_PEERS ?= 0
@@ -15,15 +16,15 @@ BENCH_GB    ?= 2
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest bench format clean
+.PHONY: help demo test lint types pytest oldest bench format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(CORE)  ## quantize a small model, check it and bring it back
+demo: $(CORE)  ## quantize a small model from repo to repo, check it and bring it back
 	$(BIN)/mso-hub demo
 
-test: lint types pytest  ## everything a change must pass
+test: lint types pytest oldest  ## everything a change must pass
 
 lint: $(DEV)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -35,9 +36,14 @@ types: $(DEV)  ## mypy, strict
 pytest: $(DEV)  ## the test suite alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+oldest: $(OLDEST)/.installed  ## what talks to the Hub, with the oldest client that is supported
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/hub tests/sink/test_hub.py \
+		tests/source/test_hub.py tests/test_hub_to_hub.py
+
 bench: $(CORE) $(if $(filter 1,$(BENCH_PEERS)),$(DEV) $(PEERS)/.installed)  ## measure start-up and speed; BENCH_PEERS=1 first installs llm-compressor (in .venv-llmcompressor) and ModelOpt, and measures them too
 	$(BIN)/python -m tests.benchmarks.bench_startup
 	$(BIN)/python -m tests.benchmarks.bench_error
+	$(BIN)/python -m tests.benchmarks.bench_hub --size-gb $(BENCH_GB)
 	$(BIN)/python -m tests.benchmarks.bench_convert --size-gb $(BENCH_GB) $(if $(filter 1,$(BENCH_PEERS)),--modelopt)
 
 format: $(DEV)  ## let ruff rewrite the sources
@@ -50,12 +56,19 @@ clean:  ## remove environments, caches and what the demo and the benchmarks wrot
 	find mso_hub tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(CORE): pyproject.toml tools/install.sh
-	tools/install.sh $(VENV) -e .
+	tools/install.sh $(VENV) -e '.[devhub]'
 	@touch $@
 
 $(DEV): pyproject.toml tools/install.sh
 	tools/install.sh $(VENV) -e '.[dev]'
 	@touch $@ $(CORE)
+
+# The oldest releases of pyproject.toml, in a folder that goes before the environment.
+$(OLDEST)/.installed: $(DEV)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --target $(OLDEST) \
+		huggingface_hub==1.31.0 hf-xet==1.5.2
+	@touch $@
 
 $(PEERS)/.installed: tools/install.sh
 	tools/install.sh $(PEERS) llmcompressor==0.14.0.1

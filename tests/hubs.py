@@ -14,7 +14,7 @@ import sys
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,15 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.utils import disable_progress_bars
 
+from mso_hub.events import Event
+from mso_hub.hub import Client, Patience
 from mso_hub.hub.devhub import DevHub, Request
 from mso_hub.pipeline import convert
 from mso_hub.plan import Recipe
+from mso_hub.sink import HubTarget, open_sink
+from mso_hub.source import open_source
 from tests.helpers import (
     attention_shapes,
     base_config,
@@ -37,7 +42,7 @@ from tests.helpers import (
     weights,
     write_files,
 )
-from tests.running import TIMEOUT, sha256
+from tests.running import TIMEOUT, paused, sha256
 
 NUMBERS = itertools.count(1)
 SECRETS = re.compile(r"hf_[A-Za-z]+_(read|write)|hf_\w{16,}|signature=|Bearer ")
@@ -84,7 +89,7 @@ class World:
             "HF_ENDPOINT": self.hub.endpoint, "HF_TOKEN": self.hub.token(), "HF_HOME": str(home / "hf"),
             "HF_XET_CACHE": str(home / "xet"), "XDG_CACHE_HOME": str(home / "cache"), "TMPDIR": str(home / "tmp"),
             "HF_HUB_DISABLE_XET": "" if self.xet else "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
-            "NUMBA_CACHE_DIR": str(self.folder / "kernels"), **more,
+            **more,
         }  # fmt: skip
         return {key: value for key, value in found.items() if value}
 
@@ -111,6 +116,13 @@ class World:
         done = self.run(verb, *where, *words, machine=machine, **more)
         assert (done.returncode, done.stderr) == (0, "")
         return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def paused(
+        self, source: object, target: object, *words: object, machine: str = "one", event: str = "ShardDone", **more: str
+    ) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        """A quantization that was stopped at an event; see `running.paused`."""
+        arguments = program("quantize", "--input_dir", source, "--output_dir", target, *words)
+        return paused(arguments, event, env=self.settings(machine, **more), cwd=self.home(machine))
 
     def put(
         self, files: Mapping[str, bytes], repo: str | None = None, *, revision: str = "main", private: bool = False,
@@ -178,6 +190,7 @@ class _DropToken(urllib.request.HTTPRedirectHandler):
 @contextmanager
 def world(folder: Path, *, xet: bool) -> Iterator[World]:
     """A Hub that ends with the block."""
+    disable_progress_bars()
     with DevHub(folder / "hub", xet=xet) as hub:
         yield World(hub, folder)
 
@@ -328,3 +341,29 @@ def local_output(files: Mapping[str, bytes], folder: Path, recipe: Recipe | None
     source = write_files(folder / f"in-{next(NUMBERS)}", files)
     convert(source, folder / f"{source.name}-out", recipe or Recipe())
     return output_of(folder / f"{source.name}-out")
+
+
+# --- in this process ----------------------------------------------------------------------------------
+
+QUICK = Patience(first=0.01, longest=0.05, total=20.0, silence=2.0)
+"""Tests of failures end soon."""
+
+
+def convert_here(place: World, source: str, target: str, patience: Patience = QUICK, **more: Any) -> list[Event]:
+    """A conversion between two repos without a process of its own, and with another patience -> its events."""
+    events: list[Event] = []
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of httpx, about the client's own calls
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", not place.xet)
+        patch.setenv("HF_XET_CACHE", str(place.home("here") / "xet"))
+        patch.setenv("MSO_HUB_CACHE", str(place.home("here")))
+        client = Client(place.hub.endpoint, place.hub.token(), patience=patience, on_event=events.append)
+        opened = open_source(source, client=client)
+        try:
+            convert(
+                opened, open_sink(target, client=client, target=HubTarget(**more)), Recipe(), card=True,
+                on_event=events.append,
+            )  # fmt: skip
+        finally:
+            opened.close()
+    return events

@@ -40,10 +40,10 @@ def convert(source: Path, target: Path, *more: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def paused(arguments: list[str], event: str = "ShardDone") -> Iterator[subprocess.Popen[bytes]]:
+def paused(arguments: list[str], event: str = "ShardDone", **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A running conversion, stopped at the first event of a kind; killed when the block ends."""
     process = subprocess.Popen(
-        [*arguments, "--progress", "json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        [*arguments, "--progress", "json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, **settings
     )
     try:
         assert process.stdout is not None

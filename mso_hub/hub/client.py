@@ -221,21 +221,25 @@ def _usable(token: str | None) -> str | None:
 
 def _bound_waiting(silence: float) -> None:
     """huggingface_hub waits for ever by default; a user's own client factory is left alone."""
-    from huggingface_hub.utils import _http, httpx, set_client_factory
+    from huggingface_hub.utils import _http, set_client_factory
 
     current = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)
     if current is not _http.default_client_factory and getattr(current, "silence", silence) == silence:
         return
 
+    def bound(request: Any) -> None:
+        """Some calls of the library ask for no limit on purpose."""
+        limits = request.extensions.get("timeout") or dict.fromkeys(("connect", "read", "write", "pool"))
+        request.extensions["timeout"] = {k: silence if v is None else v for k, v in limits.items()}
+
     def factory() -> Any:
         """The library's own client, with a limit."""
         client = _http.default_client_factory()
-        client.timeout = httpx.Timeout(silence)
+        client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], bound]}
         return client
 
-    if current is _http.default_client_factory or hasattr(current, "silence"):
-        factory.silence = silence  # type: ignore[attr-defined]
-        set_client_factory(factory)
+    factory.silence = silence  # type: ignore[attr-defined]
+    set_client_factory(factory)
 
 
 def client_errors() -> tuple[type[Exception], ...]:

@@ -82,6 +82,7 @@ class Ranges:
         from huggingface_hub.utils import httpx
 
         end, done = begin + len(target), 0
+        passing: tuple[type[Exception], ...] = (*client_errors(), RuntimeError)
         headers = {**place.headers, "Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
         try:
             with self._http.stream("GET", place.url, headers=headers, extensions=self._traced()) as response:
@@ -95,7 +96,7 @@ class Ranges:
                     done += len(data)
         except MsoError:
             raise
-        except (*client_errors(), RuntimeError) as error:
+        except passing as error:
             self._check()  # a client that is closed while it is used says so by RuntimeError
             if isinstance(error, RuntimeError):
                 raise

@@ -97,9 +97,8 @@ def test_a_read_token_reads(served: Served, repo: str) -> None:
     assert take_snapshot(served.client(token=served.hub.token("read")), Address(repo)).files
 
 
-@pytest.mark.parametrize("token", [SECRET, False, "read"])
+@pytest.mark.parametrize("token", [SECRET, False])
 def test_a_missing_repo(served: Served, *, token: str | bool) -> None:
-    token = served.hub.token("read") if token == "read" else token
     error = refused(Client(served.hub.endpoint, token, patience=QUICK), Address("dev/missing"))
     assert "hf://dev/missing" in str(error)
 

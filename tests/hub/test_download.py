@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +64,13 @@ def convert(client: Client, repo: str, depth: int = 4) -> HubSource:
             list(pool.map(one, READS))
         source.settle(FILE)
     return source
+
+
+def read_and_settle(source: HubSource) -> None:
+    """All announced reads, one after another."""
+    for place in READS:
+        source.read(*place)
+    source.settle(FILE)
 
 
 def listening(served: Served, **patience: float) -> tuple[Client, list[Event]]:
@@ -127,9 +133,7 @@ def test_a_changed_byte_is_noticed_when_the_shard_is_complete(lfs: Served, repo:
         source._download._part = PART
         source.expect([Job(FILE, lambda: READS)])
         with pytest.raises(CheckpointError, match=rf"{repo}/{FILE}: its SHA-256 must be [0-9a-f]{{64}} as the Hub"):
-            for place in READS:
-                source.read(*place)
-            source.settle(FILE)
+            read_and_settle(source)
 
 
 def test_a_changed_byte_in_a_small_file_is_noticed(lfs: Served, repo: str) -> None:
@@ -228,15 +232,13 @@ def xet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-TOKEN = "GET .*/xet-read-token/"
+GRANT = "GET .*/xet-read-token/"
 
 
-@pytest.mark.parametrize(
-    "fault", [{"status": 503, "times": 2}, {"status": 429}, {"cut": 0}, {"token_expiry": -100}]
-)
+@pytest.mark.parametrize("fault", [{"status": 503, "times": 2}, {"status": 429}, {"cut": 0}, {"token_expiry": -100}])
 def test_xet_goes_on_when_its_token_is_late(xet: Served, fault: dict[str, Any]) -> None:
     repo = xet.put({FILE: DATA})
-    xet.hub.fail(TOKEN, **fault)
+    xet.hub.fail(GRANT, **fault)
     convert(xet.client(), repo)
 
 
@@ -245,7 +247,7 @@ def test_xet_goes_on_when_its_token_is_late(xet: Served, fault: dict[str, Any]) 
 )
 def test_xet_ends_in_time_when_there_is_no_token(xet: Served, fault: dict[str, Any], kind: type[MsoError]) -> None:
     repo = xet.put({FILE: DATA})
-    xet.hub.fail(TOKEN, times=-1, **fault)
+    xet.hub.fail(GRANT, times=-1, **fault)
     client, _ = listening(xet, silence=0.4, total=1)
     started = time.monotonic()
     with pytest.raises(kind, match=f"hf://{repo}"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
 import time
@@ -10,18 +9,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mso_hub.errors import CheckpointError, HubError, TransientError
+from mso_hub.errors import CheckpointError, HubError
 from mso_hub.hub import Address
 from mso_hub.hub.devhub import Request
 from mso_hub.source import Job, Range, Source, read_checkpoint
 from mso_hub.source.hub import HubSource
 from tests.helpers import checkpoint_files, random_tensor
-from tests.hub.serving import QUICK, Served, serving
+from tests.hub.serving import Served, serving
 from tests.source.contract import SourceContract
 
 BLOCK = 1 << 20
@@ -200,7 +198,7 @@ def test_packed_reads_far_from_each_other_arrive_too(served: Served, big: str) -
         reads += [("a.safetensors", at * BLOCK, (at + 1) * BLOCK)]
         reads += [("a.safetensors", 31 * BLOCK + at * 1000, 31 * BLOCK + (at + 1) * 1000)]
         reads += [("b.safetensors", at * 7, at * 7 + 7)]
-    reads += reads[:2] + [("a.safetensors", 5, 5)]
+    reads += [*reads[:2], ("a.safetensors", 5, 5)]
     with closing(open_repo(served, big, ahead=2 * BLOCK)) as source:
         source._fetcher._slack = BLOCK
         source.expect([job("1", reads)])
