@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+import math
+import re
+import shlex
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote
 
 from mso_hub.engine import SAMPLE, Piece
 from mso_hub.formats import DENSE
-from mso_hub.hub import Origin
-from mso_hub.hub.model_card import join_card, split_card
-from mso_hub.plan import Plan
-from mso_hub.plan.summary import changes, kind_of, size
+from mso_hub.hub import is_address, looks_like_repo, parse_address
+from mso_hub.hub.model_card import (
+    HEAD,
+    Value,
+    code,
+    default_endpoint,
+    join_card,
+    parse_metadata,
+    plain,
+    resolve_link,
+    table,
+    visible,
+)
+from mso_hub.plan import Plan, Recipe
+from mso_hub.plan.summary import DTYPES, Kept, Stored, by_reason, changes, kind_of, main_dtype, size
 from mso_hub.source import Source
 
 CARD = "README.md"
-CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "inference")
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 """Metadata that is as true of the output as of the source."""
-FOREIGN_TAGS = frozenset({
-    "compressed-tensors", "modelopt", "nvfp4", "fp8", "mxfp4", "mxfp8", "int4", "int8", "4-bit", "8-bit", "awq",
-    "gptq", "w4a16", "w8a8", "vllm", "mso_hub", "bf16",
+STORAGE_TAG = re.compile(
+    r"(nv|mx)?fp\d+(-\w+)?|b?f(loat)?(16|32)|u?int\d+|[wa]\d+(a\d+)?(kv\d+)?|\d+[- ]?bits?|i?q\d(_\w+)*|"
+    r"(auto-?)?(awq|gptq)(-\w+)?|gguf|exl[23]|bnb|bitsandbytes|hqq|aqlm|quip.*|eetq|auto-?round|quark|mlx|mso_hub|"
+    r"imatrix|llama-?cpp|llm-?compressor|compressed-tensors|model-?opt|model[- ]?optimizer|quant(ized|ization)?|"
+    r"(gguf|mlx)-my-repo|base_model:.*",
+    re.IGNORECASE,
+)
+"""Tags, and names of libraries, that speak of how numbers are stored: the source's are not the output's."""
+SENSES = frozenset({
+    "any-to-any", "image-text-to-text", "image-to-text", "video-text-to-text", "audio-text-to-text",
+    "visual-question-answering", "document-question-answering", "automatic-speech-recognition", "multimodal",
+    "vision", "vision-language", "vision-language-model", "vlm", "image", "video", "audio", "speech", "omni", "ocr",
 })  # fmt: skip
-"""Tags that speak of how numbers are stored: the source's are not the output's."""
+"""Tags and tasks that a language model without its vision and audio parts no longer has."""
 QUALITIES = ("count", "sum", "worst")
+SHOWN = 8
+"""Reasons why modules stay, and kinds of modules for each of them, that a card spells out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +72,53 @@ class Row:
 class Facts:
     """What a card says.
 
-    target    `org/name`, or a folder; `revision` where it is not the default branch
-    base      repo id of the source, None when it is not known; `commit` and `endpoint` where it is on a Hub
-    label     how the weights are stored: `NVFP4 (W4A16, compressed-tensors)`
-    tags      the same in the Hub's words
-    before    bytes of all weights in the source, None when it is not known
-    measured  how the errors were found
+    target       as `vllm serve` takes it: `org/name`, `./folder`; `revision` where it is not on the default branch
+    stored       how weights are stored, most bytes first
+    base         repo id for `base_model`, None when it is not known
+    source       repo that was read and `commit` of it, on the Hub at `endpoint`; None for a folder
+    before       bytes of all weights in the source, None when it is not known
+    measured     how the errors were found
+    activation   where activation scales come from, "" where there are none
+    made         this tool made the checkpoint; otherwise only the card is its work
+    exact        what is not in the table has the bytes of the source
+    own          the original card speaks about this very checkpoint, so that all its tags and its base model hold
+    files        of the output, for links to a licence
     """
 
     target: str
-    label: str
-    tags: tuple[str, ...]
+    stored: tuple[Stored, ...]
     rows: Sequence[Row]
     after: int
+    kept: Sequence[Kept] = ()
     before: int | None = None
     base: str | None = None
+    source: str | None = None
     commit: str | None = None
     endpoint: str | None = None
-    quantized: bool = True
     measured: str = ""
+    activation: str = ""
     remote_code: bool = False
     revision: str | None = None
+    text_only: bool = False
+    made: bool = True
+    exact: bool = False
+    own: bool = False
+    files: Container[str] = field(default_factory=tuple)
+
+    @property
+    def quantized(self) -> bool:
+        """Is any weight packed?"""
+        return any(stored.layout for stored in self.stored)
+
+    @property
+    def label(self) -> str:
+        """All forms."""
+        return " and ".join(dict.fromkeys(stored.label for stored in self.stored))
+
+    @property
+    def hub(self) -> str:
+        """Where links lead."""
+        return self.endpoint or default_endpoint()
 
 
 class Target(Protocol):
@@ -89,157 +142,238 @@ def note_errors(pieces: Generator[Piece, None, None], note: Callable[[str, float
     with closing(pieces):
         for piece in pieces:
             if piece.distance is not None:
-                row = found.setdefault(kind_of(piece.step.weight.module), [0, 0.0, 0.0])
-                row[0] += 1
-                row[1] += piece.distance.nmse
-                row[2] = max(row[2], piece.distance.nmse)
+                found.setdefault(kind_of(piece.step.weight.module), []).append(piece.distance.nmse)
             if piece.done and piece.step is piece.shard.steps[-1]:
-                for kind, row in found.items():
-                    for quality, value in zip(QUALITIES, row, strict=True):
+                for kind, errors in found.items():
+                    for quality, value in zip(QUALITIES, (len(errors), math.fsum(errors), max(errors)), strict=True):
                         note(json.dumps(["error", piece.shard.name, kind, quality]), value)
                 found.clear()
             yield piece
 
 
-def noted_errors(notes: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Kind -> (mean, worst) over all shards."""
-    found: dict[str, dict[str, float]] = {}
+def noted_errors(notes: Mapping[str, float]) -> dict[str, tuple[int, float, float]]:
+    """Kind -> (weights, mean, worst) over all shards, whatever the order of the notes; other notes are skipped."""
+    found: dict[str, dict[str, list[float]]] = {}
     for key, value in notes.items():
-        if not key.startswith('["error"'):
+        try:
+            mark, _, kind, quality = json.loads(key) if key.startswith('["error"') else ("", "", "", "")
+        except ValueError:  # the name of a unit may look like that
             continue
-        _, _, kind, quality = json.loads(key)
-        row = found.setdefault(kind, dict.fromkeys(QUALITIES, 0.0))
-        row[quality] = max(row[quality], value) if quality == "worst" else row[quality] + value
-    return {kind: (row["sum"] / max(1.0, row["count"]), row["worst"]) for kind, row in found.items()}
+        if mark == "error" and isinstance(kind, str) and quality in QUALITIES:
+            found.setdefault(kind, {quality: [] for quality in QUALITIES})[quality].append(value)
+    return {
+        kind: (int(sum(row["count"])), math.fsum(row["sum"]) / max(1.0, sum(row["count"])), max(row["worst"]))
+        for kind, row in found.items()
+        if row["worst"]
+    }
 
 
 def write_card(plan: Plan, source: Source, sink: Target, base_model: str | None = None) -> bytes:
-    """README.md for the output of a plan, with the errors that the run noted."""
-    errors = noted_errors(sink.notes)
-    rows = [
-        Row(c.kind, c.becomes, c.count, c.before, c.after, *errors.get(c.kind, (None, None))) for c in changes(plan)
-    ]
-    files = source.files()
-    original = source.read(CARD, 0, files[CARD]).tobytes().decode("utf-8", "replace") if CARD in files else ""
-    target, revision = split_name(sink.name)
-    recipe = plan.recipe
+    """README.md for the output of a plan, with the errors that the run noted; never raises for what the source says.
+
+    base_model  repo id or address, where the source does not tell
+    """
+    recipe, origin = plan.recipe, source.origin
+    target, revision = target_of(sink.name)
     facts = Facts(
         target=target,
-        label=label_of(recipe.scheme, recipe.layout, activations=recipe.activations),
-        tags=tags_of(recipe.scheme, recipe.layout),
-        rows=rows,
-        after=sum(shard.nbytes for shard in plan.shards),
-        before=plan.read_bytes,
-        base=base_model or base_of(source.origin, plan.config),
-        commit=source.origin.commit if source.origin else None,
-        endpoint=source.origin.endpoint if source.origin else None,
-        quantized=recipe.scheme != DENSE,
-        measured=f"measured while converting, on the first rows of every weight (up to {SAMPLE:,} numbers)",
-        remote_code="auto_map" in plan.config,
         revision=revision,
+        stored=(_planned(plan),),
+        rows=_rows(plan, noted_errors(sink.notes)),
+        kept=by_reason(plan.kept) if recipe.scheme != DENSE else (),
+        before=plan.read_bytes,
+        after=sum(info.nbytes for shard in plan.shards for info in shard.tensors),
+        base=repo_of(base_model) if base_model else origin.repo_id if origin else None,
+        source=origin.repo_id if origin else None,
+        commit=origin.commit if origin else None,
+        endpoint=origin.endpoint if origin else None,
+        measured=f"while converting, on the first rows of every weight (up to {SAMPLE:,} numbers)",
+        activation=_activation(recipe),
+        remote_code="auto_map" in plan.config,
+        text_only=recipe.text_only,
+        exact=True,
+        files={*plan.carried, *plan.files},
     )
-    return render(facts, original).encode()
+    return render(facts, read_card(source)).encode()
 
 
-def label_of(scheme: str, layout: str, *, activations: bool) -> str:
-    """`NVFP4 (W4A16, compressed-tensors)`, `BF16`."""
-    bits = "W4A4" if activations else "W4A16"
-    return scheme.upper() if scheme == DENSE else f"{scheme.upper()} ({bits}, {layout})"
+def _planned(plan: Plan) -> Stored:
+    recipe = plan.recipe
+    if recipe.scheme != DENSE:
+        return Stored(recipe.scheme, 4, 4 if recipe.activations else 16, recipe.layout)
+    return Stored(main_dtype([(info.dtype, info.nbytes) for shard in plan.shards for info in shard.tensors]))
 
 
-def tags_of(scheme: str, layout: str) -> tuple[str, ...]:
-    """How the Hub's users look for it."""
-    return (DENSE,) if scheme == DENSE else (scheme, layout, "4-bit", "vllm")
+def _activation(recipe: Recipe) -> str:
+    if recipe.input_scale is not None:
+        return constant_scale(recipe.input_scale)
+    return "imported from another checkpoint, one for each module" if recipe.input_scales else ""
 
 
-def split_name(name: str) -> tuple[str, str | None]:
-    """`hf://org/name@revision` -> (`org/name`, revision); a folder stays as it is."""
-    if not name.startswith("hf://"):
-        return name, None
-    repo, _, revision = name.removeprefix("hf://").partition("@")
-    return repo, revision or None
+def constant_scale(value: float) -> str:
+    """What a card says of one activation scale for all modules."""
+    return f"uncalibrated: the constant {value:.6g} for every module"
 
 
-def base_of(origin: Origin | None, config: Mapping[str, Any]) -> str | None:
-    """The repo that was converted: the source's own, or the one that config.json remembers."""
-    if origin is not None:
-        return origin.repo_id
-    remembered = config.get("_name_or_path")
-    return (
-        remembered
-        if isinstance(remembered, str) and remembered.count("/") == 1 and remembered[0] not in "./~"
-        else None
-    )
-
-
-def metadata_of(facts: Facts, carried: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML of the card: what stays true of the source, and what this output is."""
-    found = {key: carried[key] for key in CARRIED if carried.get(key) is not None}
-    found.setdefault("library_name", "transformers")
-    tags = carried.get("tags")
-    own = [tag for tag in tags if isinstance(tag, str) and tag not in FOREIGN_TAGS] if isinstance(tags, list) else []
-    if facts.base:
-        found["base_model"] = facts.base
-        if facts.quantized:
-            found["base_model_relation"] = "quantized"
-    return {**found, "tags": [*own, *facts.tags, "mso_hub"]}
-
-
-def render(facts: Facts, original: str) -> str:
-    """The whole README.md; `original` is the source's, "" when it has none."""
-    carried, _ = split_card(original) if original else ({}, "")
-    name = facts.target.rstrip("/").rpartition("/")[2]
-    link = f"[{facts.base}]({facts.endpoint or 'https://huggingface.co'}/{facts.base})" if facts.base else "its source"
-    serve = f"vllm serve {facts.target}" + (f" --revision {facts.revision}" if facts.revision else "")
-    serve += " --trust-remote-code" if facts.remote_code else ""
-    blocks = [
-        f"# {name}",
-        f"{link} with its weights stored as {facts.label}. Its own card says what the model is for and how to use it.",
-        "## Serve it",
-        f"```bash\n{serve}\n```",
-        "## What was done",
-        _table([
-            ("Source", f"{facts.base or 'a folder'}" + (f" at commit `{facts.commit}`" if facts.commit else "")),
-            ("Scheme", facts.label),
-            ("Weights", _sizes(facts)),
-            ("Made with", f"mso_hub {version('mso-hub')}"),
-        ], ("", "")),
-        _changes(facts),
-        "Everything else is as it was in the source.",
-    ]  # fmt: skip
-    return join_card(metadata_of(facts, carried), "\n\n".join(blocks) + "\n")
-
-
-def _sizes(facts: Facts) -> str:
-    if not facts.before:
-        return size(facts.after)
-    return f"{size(facts.before)} -> {size(facts.after)} ({facts.after / facts.before:.0%})"
-
-
-def _changes(facts: Facts) -> str:
-    known = any(row.mean is not None for row in facts.rows)
-    heads = ("module", "becomes", "count", "before", "after", *(("mean error", "worst error") if known else ()))
+def _rows(plan: Plan, errors: Mapping[str, tuple[int, float, float]]) -> list[Row]:
+    """Errors stand beside what was encoded, and only where every weight of a kind was measured."""
     rows = []
-    for row in facts.rows:
-        errors = (_percent(row.mean), _percent(row.worst)) if known else ()
-        rows.append(
-            (
-                f"`{row.kind}`",
-                row.becomes,
-                f"{row.count:,}",
-                size(row.before) if row.before else "",
-                size(row.after),
-                *errors,
-            )
+    for change in changes(plan):
+        count, *quality = errors.get(change.kind, (0, 0.0, 0.0))
+        known = quality if change.becomes == plan.recipe.scheme and count == change.count else (None, None)
+        rows.append(Row(change.kind, change.becomes, change.count, change.before, change.after, *known))
+    return rows
+
+
+def read_card(source: Source) -> bytes:
+    """The part of a repo's README.md that can hold metadata, empty when there is none."""
+    files = source.files()
+    return source.read(CARD, 0, min(files[CARD], HEAD)).tobytes() if CARD in files else b""
+
+
+def target_of(name: str) -> tuple[str, str | None]:
+    """Name of a source or sink -> (what `vllm serve` takes, its `--revision`).
+
+    A folder is named from the folder that holds it: a card travels, the path on this machine does not. A pull request
+    is to become a part of the default branch, so it needs no revision.
+    """
+    if not is_address(name):
+        return f"./{Path(name).resolve().name}", None
+    address = parse_address(name)
+    revision = address.revision
+    default = revision in (None, "main") or str(revision).startswith("refs/pr/")
+    return address.repo_id, None if default else revision
+
+
+def repo_of(text: str) -> str:
+    """Repo id of what a user gave as a base model: `org/name`, with `hf://` or a revision or as a web address too."""
+    if is_address(text):
+        return parse_address(text).repo_id
+    repo = text.partition("@")[0]
+    return repo if looks_like_repo(repo) else text
+
+
+def metadata_of(facts: Facts, original: bytes) -> dict[str, Value]:
+    """YAML of the card: what stays true of the source, and what this output is."""
+    carried = parse_metadata(original)
+    found: dict[str, Value] = {key: carried[key] for key in CARRIED if key in carried}
+    link = found.pop("license_link", None)
+    if isinstance(link, str):
+        repo, revision = facts.source or facts.base, facts.commit or "main"
+        kept = resolve_link(link, here=facts.files, endpoint=facts.hub, repo=repo, revision=revision)
+        found |= {"license_link": kept} if kept else {}
+    if facts.text_only and found.get("pipeline_tag") in SENSES:
+        found["pipeline_tag"] = "text-generation"
+    library = found.setdefault("library_name", "transformers")
+    if not facts.own and STORAGE_TAG.fullmatch(str(library)):
+        found["library_name"] = "transformers"
+    own = carried if facts.own else {}
+    if base := facts.base or own.get("base_model"):
+        found["base_model"] = base
+        relation = "quantized" if facts.quantized else None if facts.base else own.get("base_model_relation")
+        found |= {"base_model_relation": relation} if relation else {}
+    found["tags"] = _tags(facts, carried.get("tags", []))
+    return {key: found[key] for key in (*CARRIED, "base_model", "base_model_relation", "tags") if key in found}
+
+
+def _tags(facts: Facts, tags: Iterable[str]) -> list[str]:
+    """The source's where they are still true, then the scheme's, each once."""
+    senses = SENSES if facts.text_only else frozenset[str]()
+    added = [tag for stored in facts.stored for tag in stored.tags] + (["mso_hub"] if facts.made else [])
+    kept = [tag for tag in tags if tag.lower() not in senses and tag not in added]
+    if not facts.own or facts.made:
+        kept = [tag for tag in kept if not STORAGE_TAG.fullmatch(tag)]
+    return list(dict.fromkeys([*kept, *added]))
+
+
+def render(facts: Facts, original: bytes) -> str:
+    """The whole README.md; `original` is the source's, empty when it has none. Never raises for what it holds."""
+    metadata = metadata_of(facts, original)
+    named = facts.base or facts.source or metadata.get("base_model")
+    base = named if isinstance(named, str) else None
+    serve = ["vllm", "serve", facts.target, *(["--revision", facts.revision] if facts.revision else [])]
+    serve += ["--trust-remote-code"] if facts.remote_code else []
+    blocks = [
+        f"# {plain(facts.target.rpartition('/')[2])}",
+        _intro(facts, _link(facts, base) if base else None),
+        "## Serve it",
+        f"```bash\n{visible(shlex.join(serve))}\n```",
+        "## How it was made" if facts.made else "## How it is stored",
+        table(_summary(facts), ("", "")),
+        *_changes(facts),
+        *_kept(facts),
+    ]
+    return join_card(metadata, "\n\n".join(blocks) + "\n")
+
+
+def _intro(facts: Facts, link: str | None) -> str:
+    what = f"The language model of {link or 'a multimodal model'}, without vision and audio parts; its weights are"
+    if not facts.text_only:
+        what = f"{link} with its weights" if link else "A checkpoint with its weights"
+    more = f" The card of {link} says what the model is for and how to use it." if link else ""
+    return f"{what} stored as {facts.label}. The weights were not trained any further.{more}"
+
+
+def _summary(facts: Facts) -> list[tuple[str, str]]:
+    """Rows of the first table, those that have something to say."""
+    source = _link(facts, facts.source) if facts.source else "a folder"
+    commit = f" at commit `{facts.commit}`" if facts.source and facts.commit else ""
+    packed = [stored for stored in facts.stored if stored.layout]
+    by = f"mso_hub {version('mso-hub')}"
+    sizes = f"{size(facts.before)} -> {size(facts.after)} ({facts.after / facts.before:.0%})" if facts.before else ""
+    rows = [
+        ("Source", source + commit if facts.made or facts.source else ""),
+        ("Scheme", ", ".join(dict.fromkeys(f"{s.scheme.upper()}, {s.short}" for s in packed)) or facts.label),
+        ("Layout", ", ".join(dict.fromkeys(stored.layout for stored in packed))),
+        ("Activation scale", facts.activation),
+        ("Weights", sizes or size(facts.after)),
+        ("Made with" if facts.made else "Card written with", by),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _changes(facts: Facts) -> Iterator[str]:
+    """Table of what is packed or was converted, how its errors were found, and a word about the rest."""
+    columns = {
+        "module": [code(row.kind) for row in facts.rows],
+        "stored as": [DTYPES.get(row.becomes, row.becomes) for row in facts.rows],
+        "count": [f"{row.count:,}" for row in facts.rows],
+        "before": [size(row.before) if row.before else "" for row in facts.rows],
+        "after": [size(row.after) for row in facts.rows],
+        "mean error": [_percent(row.mean) for row in facts.rows],
+        "worst error": [_percent(row.worst) for row in facts.rows],
+    }
+    known = {head: cells for head, cells in columns.items() if any(cells)}
+    if facts.rows:
+        yield table(list(zip(*known.values(), strict=True)), list(known))
+    if "mean error" in known:
+        yield (
+            "Errors are sums of squared differences over sums of squares of the source's numbers, once the weights "
+            f"are dequantized: mean and worst over the weights of a kind. They were measured {facts.measured}."
         )
-    said = "Error: sum of squared differences over sum of squares, dequantized against the source; " + facts.measured
-    return _table(rows, heads) + (f"\n\n{said}." if known else "")
+    if facts.exact:
+        yield f"{'Everything else' if facts.rows else 'Every tensor'} has the bytes of the source."
+
+
+def _kept(facts: Facts) -> Iterator[str]:
+    """What was not quantized and why, in a few lines."""
+    if not facts.kept:
+        return
+    yield "Not quantized:"
+    rows = [(plain(kept.reason), f"{kept.count:,}", _some(kept.kinds)) for kept in facts.kept[:SHOWN]]
+    rest = facts.kept[SHOWN:]
+    more = [(f"{len(rest):,} other reasons", f"{sum(kept.count for kept in rest):,}", "")] if rest else []
+    yield table([*rows, *more], ("why", "count", "modules"))
+
+
+def _some(kinds: Sequence[str]) -> str:
+    more = f" and {len(kinds) - SHOWN // 2:,} more" if len(kinds) > SHOWN // 2 else ""
+    return ", ".join(map(code, kinds[: SHOWN // 2])) + more
 
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.4f} %"
 
 
-def _table(rows: Iterable[Sequence[str]], heads: Sequence[str]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def _link(facts: Facts, repo: str) -> str:
+    return f"[{plain(repo)}]({facts.hub}/{quote(repo, safe='/')})"

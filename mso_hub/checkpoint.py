@@ -97,7 +97,7 @@ class Checkpoint:
     """Everything known of a repo without reading a weight.
 
     name        for messages
-    identity    digest of what the repo holds (commit hash, or sizes, times and headers of a folder)
+    identity    digest of the files that matter (object ids on a Hub, sizes and times in a folder); not of the card
     shards      repo path -> Shard
     groups      name spaces; each shard belongs to exactly one
     config      parsed config.json, empty when there is none

@@ -1,144 +1,294 @@
-"""The model card of a finished checkpoint, from what verify finds."""
+"""The model card of a finished checkpoint, ours or anybody's, from what verify finds."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mso_hub.card import CARD, Facts, Row, base_of, label_of, render, split_name, tags_of
-from mso_hub.errors import VerifyError
-from mso_hub.formats import DENSE
+from mso_hub.card import CARD, Facts, Row, constant_scale, read_card, render, repo_of, target_of
+from mso_hub.checkpoint import TensorInfo
+from mso_hub.errors import RecipeError, SinkError, VerifyError
+from mso_hub.events import Listener, ignore
+from mso_hub.formats.detect import quantization_configs
 from mso_hub.formats.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.packed_int import PackedInt
+from mso_hub.formats.scales import read_input_scales
 from mso_hub.formats.weight import Weight
-from mso_hub.hub import Client, parse_address
-from mso_hub.hub.model_card import commit_texts
-from mso_hub.plan.summary import kind_of
+from mso_hub.hub import Client, is_address, looks_like_repo, parse_address
+from mso_hub.hub.model_card import commit_card, parse_metadata, require_writable
+from mso_hub.plan.recipe import default_reason
+from mso_hub.plan.select import is_linear
+from mso_hub.plan.summary import Kept, Stored, by_reason, kind_of, main_dtype
 from mso_hub.source import Source, open_source
 from mso_hub.verify import MANIFEST, Opened, Report, like, opening, verify_checkpoint
 
+TITLE = "Model card, written with mso_hub"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
-def make_card(where: str | Path, *, source: str | Path | None = None, base_model: str | None = None) -> bytes:
-    """README.md of a finished checkpoint.
+
+@dataclass(frozen=True, slots=True)
+class NewCard:
+    """A card and where it belongs.
+
+    content   README.md
+    manifest  mso_hub.json with its digest, None where the checkpoint has none
+    commit    of the repo that was verified, None for a folder
+    changed   the checkpoint holds another card, or none
+    """
+
+    where: str
+    content: bytes
+    manifest: bytes | None
+    commit: str | None
+    changed: bool
+
+
+def make_card(
+    where: str | Path,
+    *,
+    source: str | Path | None = None,
+    base_model: str | None = None,
+    on_event: Listener = ignore,
+) -> NewCard:
+    """README.md of a finished checkpoint; nothing is written.
 
     source      where it came from: adds sizes before, the error of every weight, licence and tags
     base_model  repo id, where neither the source nor mso_hub.json tells
-    Raises VerifyError when verify finds a problem: a card must not recommend a broken checkpoint.
+    Raises VerifyError when verify finds a problem (a card must not recommend a broken checkpoint; another README.md
+    than the one of mso_hub.json is none, it is to be replaced), RecipeError for a base model that is no repo id,
+    CheckpointError and HubError when the checkpoint or the source cannot be read.
     """
-    report = verify_checkpoint(where, source=source)
-    if not report.ok:
-        raise VerifyError(
-            f"{report.where}: no card for a checkpoint with {len(report.problems)} problems, the first: "
-            f"{report.problems[0]}; `mso-hub verify` lists them"
-        )
+    base = repo_of(base_model) if base_model else None
+    if base is not None and not looks_like_repo(base):
+        raise RecipeError(f"base_model: must be the id of a repo on the Hub, like org/name; got {base_model!r}")
     with ExitStack() as stack:
-        mine = stack.enter_context(opening(where))
-        theirs = like(stack.enter_context(opening(source)), mine) if source is not None else None
-        original = _card_of((theirs or mine).source)
-        return render(_facts(mine, theirs, report, base_model), original).encode()
+        ours = stack.enter_context(closing(open_source(where, on_event=on_event)))
+        other = stack.enter_context(closing(open_source(source, on_event=on_event))) if source is not None else None
+        report = verify_checkpoint(ours, source=other, on_event=on_event)
+        _require_good(report)
+        mine = stack.enter_context(opening(ours))
+        theirs = like(stack.enter_context(opening(other)), mine) if other is not None else None
+        manifest = _manifest(ours)
+        content = _card(mine, theirs, report, manifest, base).encode()
+        updated = _updated(manifest, content)
+        commit = ours.origin.commit if ours.origin else None
+        changed = not _holds(ours, {CARD: content, MANIFEST: updated})
+        return NewCard(str(where), content, updated, commit, changed)
 
 
-def _card_of(source: Source) -> str:
-    files = source.files()
-    return source.read(CARD, 0, files[CARD]).tobytes().decode("utf-8", "replace") if CARD in files else ""
+def _require_good(report: Report) -> None:
+    problems = [problem for problem in report.problems if not problem.startswith(f"{CARD}: ")]
+    if problems:
+        counted = "1 problem" if len(problems) == 1 else f"{len(problems)} problems, the first"
+        raise VerifyError(
+            f"{report.where}: must be without problems to get a card, found {counted}: {problems[0]}; "
+            "`mso-hub verify` lists all there are"
+        )
 
 
-def _facts(mine: Opened, theirs: Opened | None, report: Report, base_model: str | None) -> Facts:
-    packed = [w for w in mine.weights.values() if w.decoder is not None]
-    label, tags = _stored(packed, activations=bool(mine.runtime_scales))
-    target, revision = split_name(mine.source.name)
-    manifest = _manifest(mine.source)
-    origin = theirs.source.origin if theirs else None
-    config = (theirs or mine).checkpoint.config
-    return Facts(
+def _card(mine: Opened, theirs: Opened | None, report: Report, manifest: Mapping[str, Any], base: str | None) -> str:
+    """The whole README.md."""
+    stored = _stored(mine)
+    target, revision = target_of(mine.source.name)
+    original = read_card(theirs.source) if theirs else b""
+    own = not original
+    if own:
+        original = read_card(mine.source)
+        # A README.md that came along from the source speaks about the source.
+        own = not manifest or "mso_hub" in parse_metadata(original).get("tags", [])
+    repo, commit, endpoint = _from(theirs, manifest)
+    against = f" of {theirs.source.origin.repo_id}" if theirs and theirs.source.origin else ""
+    facts = Facts(
         target=target,
-        label=label,
-        tags=tags,
-        rows=_rows(mine, theirs, report),
-        after=_nbytes(mine),
-        before=_nbytes(theirs) if theirs else None,
-        base=base_model or manifest.get("source") or base_of(origin, config),
-        commit=manifest.get("commit") or (origin.commit if origin else None),
-        endpoint=origin.endpoint if origin else None,
-        quantized=bool(packed),
-        measured="measured by verify on every number",
-        remote_code="auto_map" in mine.checkpoint.config,
         revision=revision,
+        stored=stored,
+        rows=_rows(mine, theirs, report),
+        kept=_kept(mine) if any(s.layout for s in stored) else (),
+        before=sum(weight.nbytes for weight in theirs.weights.values()) if theirs else None,
+        after=sum(info.nbytes for info in _tensors(mine)),
+        base=base or repo,
+        source=repo,
+        commit=commit,
+        endpoint=endpoint,
+        measured=f"by `mso-hub verify` on every number{against}",
+        activation=_activation(mine),
+        remote_code="auto_map" in mine.checkpoint.config,
+        text_only=theirs is not None and _architectures(theirs) != _architectures(mine),
+        made=bool(manifest),
+        exact=theirs is not None,
+        own=own,
+        files=mine.source.files(),
     )
+    return render(facts, original)
 
 
-def _stored(packed: Sequence[Weight], *, activations: bool) -> tuple[str, tuple[str, ...]]:
-    """(label, tags) of how weights are stored."""
-    if not packed:
-        return label_of(DENSE, "", activations=False), tags_of(DENSE, "")
-    decoder = packed[0].decoder
-    if isinstance(decoder, Nvfp4Decoder):
-        return label_of("nvfp4", decoder.layout, activations=activations), tags_of("nvfp4", decoder.layout)
-    return decoder.name if decoder else "", ("compressed-tensors", "vllm")
+def _architectures(opened: Opened) -> object:
+    return opened.checkpoint.config.get("architectures")
 
 
-def _nbytes(opened: Opened) -> int:
-    return sum(info.nbytes for shard in opened.checkpoint.shards.values() for info in shard.tensors)
+def _tensors(opened: Opened) -> Iterator[TensorInfo]:
+    return (info for shard in opened.checkpoint.shards.values() for info in shard.tensors)
+
+
+def _from(theirs: Opened | None, manifest: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
+    """(repo, commit, endpoint) of the source as mso_hub.json has it, or of the one that was given."""
+    origin = theirs.source.origin if theirs else None
+    repo, commit = manifest.get("source"), manifest.get("commit")
+    endpoint = origin.endpoint if origin else None
+    if isinstance(repo, str) and looks_like_repo(repo):
+        return repo, commit if isinstance(commit, str) and COMMIT.fullmatch(commit) else None, endpoint
+    return (origin.repo_id, origin.commit, endpoint) if origin else (None, None, None)
+
+
+def _stored(mine: Opened) -> tuple[Stored, ...]:
+    """Every form that packed weights have, most bytes first; the main dtype where none is packed."""
+    sizes: dict[Stored, int] = {}
+    for weight in mine.weights.values():
+        if weight.decoder is not None:
+            stored = _form(mine, weight)
+            sizes[stored] = sizes.get(stored, 0) + weight.nbytes
+    if not sizes:
+        return (Stored(main_dtype([(info.dtype, info.nbytes) for info in _tensors(mine)])),)
+    return tuple(sorted(sizes, key=lambda stored: -sizes[stored]))
+
+
+def _form(mine: Opened, weight: Weight) -> Stored:
+    if isinstance(weight.decoder, Nvfp4Decoder):
+        return Stored("nvfp4", 4, 4 if _input_scales(mine) else 16, weight.decoder.layout)
+    if isinstance(weight.decoder, PackedInt):
+        bits = weight.decoder.bits
+        return Stored(f"int{bits}", bits, _activation_bits(mine.checkpoint.config), "compressed-tensors")
+    return Stored(weight.dtype)
+
+
+def _activation_bits(config: Mapping[str, Any]) -> int:
+    """As config.json announces them for a module that is packed."""
+    groups = next((c.get("config_groups") for c in quantization_configs(config)), None)
+    for group in groups.values() if isinstance(groups, dict) else ():
+        inputs = group.get("input_activations") if isinstance(group, dict) else None
+        bits = inputs.get("num_bits") if isinstance(inputs, dict) else None
+        if isinstance(bits, int) and 0 < bits < 16:
+            return bits
+    return 16
+
+
+def _input_scales(mine: Opened) -> list[TensorInfo]:
+    """Stored activation scales of weights; scales of a KV cache are none."""
+    names = {n for n in mine.runtime_scales if n.rpartition(".")[2] in ("input_scale", "input_global_scale")}
+    return [info for info in _tensors(mine) if info.name in names and (info.dtype, info.nbytes) == ("F32", 4)]
+
+
+def _activation(mine: Opened) -> str:
+    """Equal scales everywhere were not measured on any text."""
+    values = set(read_input_scales(_input_scales(mine), mine.source.read).values())
+    if not values:
+        return ""
+    return constant_scale(values.pop()) if len(values) == 1 else "as stored, not the same for every module"
 
 
 def _rows(mine: Opened, theirs: Opened | None, report: Report) -> list[Row]:
-    """One row for each kind of weight that is packed or has changed."""
+    """One row for each kind of weight and each form, of those that are packed or have changed."""
     errors = {error.name: error.nmse for error in report.errors}
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[tuple[str, str], list[str]] = {}
     for name, weight in mine.weights.items():
-        if weight.decoder is not None or name in errors:
-            kinds.setdefault(kind_of(weight.module), []).append(name)
-    rows = []
-    for kind, names in sorted(kinds.items()):
-        first = mine.weights[names[0]]
-        found = [errors[n] for n in names if n in errors]
-        before = sum(theirs.weights[n].nbytes for n in names if n in theirs.weights) if theirs else None
-        becomes = "nvfp4" if isinstance(first.decoder, Nvfp4Decoder) else _name(first)
-        after = sum(mine.weights[n].nbytes for n in names)
-        quality = (sum(found) / len(found), max(found)) if found else (None, None)
-        rows.append(Row(kind, becomes, len(names), before, after, *quality))
-    return rows
+        if weight.decoder is not None or weight.name in errors:
+            becomes = _form(mine, weight).scheme if weight.decoder else weight.dtype
+            kinds.setdefault((kind_of(weight.module), becomes), []).append(name)
+    return [_row(key, names, mine, theirs, errors) for key, names in sorted(kinds.items())]
 
 
-def _name(weight: Weight) -> str:
-    return weight.decoder.name if weight.decoder else weight.dtype
+def _row(
+    key: tuple[str, str], names: Sequence[str], mine: Opened, theirs: Opened | None, errors: Mapping[str, float]
+) -> Row:
+    members = [mine.weights[name] for name in names]
+    scales = {info.name.rpartition(".")[0]: info.nbytes for info in _input_scales(mine)}
+    found = [errors[weight.name] for weight in members if weight.name in errors]
+    before = sum(theirs.weights[n].nbytes for n in names if n in theirs.weights) if theirs else None
+    quality = (sum(found) / len(found), max(found)) if found else (None, None)
+    after = sum(weight.nbytes + scales.get(weight.module, 0) for weight in members)
+    return Row(*key, len(names), before, after, *quality)
+
+
+def _kept(mine: Opened) -> list[Kept]:
+    """Dense weights with the reasons that their names give."""
+    reasons = {}
+    for weight in mine.weights.values():
+        if weight.decoder is None:
+            linear = default_reason(weight.module) or "in the ignore list of config.json"
+            reasons[weight.module] = linear if is_linear(weight) else "not a linear layer's weight"
+    return by_reason(reasons)
 
 
 def _manifest(source: Source) -> dict[str, Any]:
+    """mso_hub.json, {} without one; verify has found it good."""
     files = source.files()
     if MANIFEST not in files:
         return {}
-    try:
-        content = json.loads(source.read(MANIFEST, 0, files[MANIFEST]).tobytes())
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+    content: dict[str, Any] = json.loads(source.read(MANIFEST, 0, files[MANIFEST]).tobytes())
+    return content
 
 
-def publish_card(where: str | Path, content: bytes) -> str:
-    """Put a card into a folder or commit it to a repo, with its digest in mso_hub.json -> where it is to be seen."""
-    source = open_source(where)
-    try:
-        files = {CARD: content}
-        manifest = _manifest(source)
-        if isinstance(manifest.get("files"), dict):
-            manifest["files"][CARD] = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            manifest["files"] = dict(sorted(manifest["files"].items()))
-            files[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
-        if source.path is None and source.origin is not None:
-            address = parse_address(str(where))
-            return commit_texts(Client(), address, source.origin.commit, files, "Model card, written with mso_hub")
-    finally:
-        source.close()
-    return _write(Path(where), files.items())
+def _updated(manifest: Mapping[str, Any], content: bytes) -> bytes | None:
+    """mso_hub.json with the digest of a new README.md; all else stays as it is."""
+    if not manifest:
+        return None
+    entry = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    files = dict(sorted({**manifest["files"], CARD: entry}.items()))
+    return (json.dumps({**manifest, "files": files}, indent=2) + "\n").encode()
 
 
-def _write(folder: Path, files: Iterable[tuple[str, bytes]]) -> str:
-    for name, data in files:
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(data)
-        partial.replace(folder / name)
-    return str(folder / CARD)
+def _holds(source: Source, wanted: Mapping[str, bytes | None]) -> bool:
+    """Does a repo hold these files already?"""
+    files = source.files()
+    return all(
+        data is None or (files.get(name) == len(data) and source.read(name, 0, len(data)).tobytes() == data)
+        for name, data in wanted.items()
+    )
+
+
+def require_place(where: str | Path) -> None:
+    """Whether a card may be written there, before the long look at the weights.
+
+    Raises SinkError for a folder that is not there or not writable, RecipeError and HubError for a repo that this
+    account may not commit to, for a tag, a commit, or a folder inside a repo.
+    """
+    if is_address(str(where)):
+        require_writable(Client(), parse_address(str(where)))
+    elif Path(where).is_dir() and not os.access(where, os.W_OK):
+        raise SinkError(f"{where}: the card belongs into this folder, which cannot be written; give --output FILE")
+
+
+def publish_card(card: NewCard) -> str:
+    """Put a card into its folder, or commit it on top of the commit that was verified -> where it is to be seen.
+
+    README.md and its digest in mso_hub.json change, nothing else does; a card that is there already is left alone.
+    Raises SinkError for a folder that cannot be written, HubError when somebody committed to the repo meanwhile.
+    """
+    others = {} if card.manifest is None else {MANIFEST: card.manifest}
+    if card.commit is not None:
+        client, address = Client(), parse_address(card.where)
+        if not card.changed:
+            return f"{client.endpoint}/{address.repo_id}/commit/{card.commit}"
+        return commit_card(client, address, card.commit, card.content, others, TITLE)
+    if card.changed:
+        _write(Path(card.where), {CARD: card.content, **others})
+    return str(Path(card.where) / CARD)
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Each file appears whole; README.md first, because a next run corrects its digest."""
+    for name, data in files.items():
+        partial = folder / f".{name}.mso-partial"
+        try:
+            partial.write_bytes(data)
+            partial.replace(folder / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise SinkError(f"{folder / name}: cannot be written: {error.strerror}; run the same command") from error

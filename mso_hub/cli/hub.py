@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mso_hub.cli.options import given, opt, read_size
+from mso_hub.errors import RecipeError
+
+if TYPE_CHECKING:
+    from mso_hub.hub.devhub.settings import Settings
 
 
 @click.command()
@@ -18,15 +24,21 @@ from mso_hub.cli.options import given, opt, read_size
 @opt("output", metavar="FILE", help="Write the card there (- prints it) instead of into the checkpoint.")
 def card(checkpoint: str, source: str | None, base_model: str | None, output: str | None) -> None:
     """Write the model card of a finished checkpoint: into its folder, or as a commit into its repo."""
-    from mso_hub.recard import make_card, publish_card
+    from mso_hub.progress import waiting
+    from mso_hub.recard import make_card, publish_card, require_place
 
-    content = make_card(checkpoint, source=source, base_model=base_model)
-    if output == "-":
-        click.echo(content.decode(), nl=False)
-    elif output:
-        Path(output).write_bytes(content)
+    if output is None:
+        require_place(checkpoint)
+    elif output != "-" and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise RecipeError(f"--output {output}: needs the name of a file in a folder that exists")
+    made = make_card(checkpoint, source=source, base_model=base_model, on_event=waiting)
+    if output is None:
+        click.echo(publish_card(made))
+    elif output == "-":
+        click.echo(made.content, nl=False)
     else:
-        click.echo(publish_card(checkpoint, content))
+        Path(output).write_bytes(made.content)
+        click.echo(output)
 
 
 @click.command()
@@ -35,21 +47,34 @@ def card(checkpoint: str, source: str | None, base_model: str | None, output: st
 @click.option("--xet/--no_xet", " /--no-xet", default=True, help="Large files in Xet storage (default), or plain LFS.")
 @opt("bandwidth", metavar="RATE", help="Limit of the LFS storage each way, a second: 50MB.")
 def devhub(folder: str, port: int, xet: bool, bandwidth: str | None) -> None:
-    """Serve a Hub on this machine, for demos, offline work and tests."""
+    """Serve a Hub on this machine, for demos, offline work and tests. Ctrl-C stops it; what it holds stays in DIR."""
     from mso_hub.hub.devhub.server import serve
-    from mso_hub.hub.devhub.settings import Settings, Tuning, users_from_json
+    from mso_hub.hub.devhub.settings import Settings, Tuning
 
     rate = float(read_size(bandwidth, "bandwidth")) if bandwidth else 0.0
     tuning = Tuning(bandwidth_down=rate, bandwidth_up=rate)
     settings = Settings(Path(folder), port=port, xet=xet, tuning=tuning)
+    try:
+        serve(settings, lambda endpoint: click.echo(how_to_use(settings, endpoint)))
+    except KeyboardInterrupt:
+        return  # the way to stop it, and nothing was cut short: the exit code is 0
 
-    def ready(endpoint: str) -> None:
-        """Say how to use it."""
-        kept = Path(folder) / "users.json"
-        users = users_from_json(kept.read_bytes(), str(kept)) if kept.is_file() else settings.users
-        token = next(token for user in users for token, role in user.tokens.items() if role == "write")
-        off = "" if xet else "export HF_HUB_DISABLE_XET=1\n"
-        click.echo(f"{folder}: a Hub on {endpoint}; stop it with Ctrl-C. In another shell:\n")
-        click.echo(f"export HF_ENDPOINT={endpoint}\nexport HF_TOKEN={token}\n{off}")
 
-    serve(settings, ready)
+def how_to_use(settings: Settings, endpoint: str) -> str:
+    """What to type in another shell so that every program of the Hub's works with this one.
+
+    Raises RecipeError when the folder's users.json has no account that may write.
+    """
+    from mso_hub.hub.devhub.settings import users_from_json
+
+    kept = settings.folder / "users.json"
+    users = users_from_json(kept.read_bytes(), str(kept)) if kept.is_file() else settings.users
+    tokens = [token for user in users for token, role in user.tokens.items() if role == "write"]
+    if not tokens:
+        raise RecipeError(f"{kept}: needs an account with a token that may write, found none among {len(users)}")
+    lines = [
+        f"{settings.folder}: a Hub on {endpoint}; stop it with Ctrl-C. In another shell:\n",
+        f"export HF_ENDPOINT={endpoint}",
+        f"export HF_TOKEN={shlex.quote(tokens[0])}",
+    ]
+    return "\n".join(lines if settings.xet else [*lines, "export HF_HUB_DISABLE_XET=1"])

@@ -18,11 +18,14 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from mso_hub.errors import HubError, MsoError, RecipeError, TransientError
 from mso_hub.events import Listener, Waiting, ignore
+
+if TYPE_CHECKING:
+    from mso_hub.hub.wire import Wire
 
 T = TypeVar("T")
 
@@ -126,14 +129,13 @@ class Client:
         found = mask(str(text))
         return found.replace(self._token, "hf_***") if self._token else found
 
-    def request(
-        self, method: str, url: str, *, what: str, wait: Callable[[float], object] = time.sleep, **settings: Any
-    ) -> Any:
+    def request(self, method: str, url: str, *, what: str, wire: Wire | None = None, **settings: Any) -> Any:
         """One request to the Hub itself (path or URL), repeated as `attempt` does; the response, checked.
 
         A URL of another origin gets no token.
 
         what      names the thing in messages: `hf://org/name`
+        wire      sends it so that another thread can end it
         settings  as httpx takes them: json, content, params, headers
         """
         from huggingface_hub.utils import get_session, hf_raise_for_status
@@ -144,11 +146,15 @@ class Client:
 
         def once() -> Any:
             """One try."""
-            response = get_session().request(method, full, headers=headers, **settings)
+            session = get_session() if wire is None else wire.http
+            response = session.request(method, full, headers=headers, **settings)
             hf_raise_for_status(response)
             return response
 
-        return self.attempt(once, what=what, wait=wait)
+        if wire is None:
+            return self.attempt(once, what=what)
+        settings["extensions"] = wire.traced()
+        return self.attempt(once, what=what, wait=wire.sleep)
 
     def attempt(self, call: Callable[[], T], *, what: str, wait: Callable[[float], object] = time.sleep) -> T:
         """Result of `call`; repeats it while the Hub is busy or gone, raises HubError or TransientError otherwise.

@@ -19,6 +19,7 @@ from mso_hub.errors import CheckpointError, HubError, MsoError
 from mso_hub.hub.client import Client
 from mso_hub.hub.ranges import Ranges
 from mso_hub.hub.repository import RemoteFile, Snapshot
+from mso_hub.hub.wire import Wire
 from mso_hub.hub.xet import xet_enabled
 from mso_hub.hub.xet_read import XetReader
 
@@ -38,9 +39,9 @@ class Download:
 
     def __init__(self, client: Client, snapshot: Snapshot, *, depth: int = DEPTH, part: int = PART) -> None:
         self._snapshot, self._depth, self._part = snapshot, depth, part
-        self._stopped = threading.Event()
-        self._ranges = Ranges(client, snapshot, self._sleep)
-        self._xet = XetReader(client, snapshot, self._sleep) if xet_enabled() else None
+        self._wire = Wire(client, str(snapshot.address))
+        self._ranges = Ranges(client, snapshot, self._wire)
+        self._xet = XetReader(client, snapshot, self._wire) if xet_enabled() else None
         self._parts: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()
@@ -107,7 +108,7 @@ class Download:
                     at += part.size
                 part = pending.popleft()
                 while not part.done.wait(TICK):
-                    self._check()
+                    self._wire.check()
                 if part.error is not None:
                     raise part.error
                 yield part.buffer[: part.size]
@@ -119,7 +120,7 @@ class Download:
     def _start(self) -> None:
         """The threads that fetch parts, on first use."""
         with self._starting:
-            self._check()
+            self._wire.check()
             for _ in range(self._depth - len(self._threads)):
                 self._threads.append(threading.Thread(target=self._work, name="mso-part", daemon=True))
                 self._threads[-1].start()
@@ -133,29 +134,22 @@ class Download:
                 self._ranges.read(part.file, part.begin, part.buffer[: part.size])
             except MsoError as error:
                 part.error = error
+            except BaseException as error:
+                part.error = HubError(f"{part.file.path}: reading broke: {type(error).__name__}: {error}")
+                raise
             finally:
                 part.done.set()
 
-    def _sleep(self, seconds: float) -> None:
-        """Wait, but not longer than this object lives."""
-        self._stopped.wait(seconds)
-        self._check()
-
-    def _check(self) -> None:
-        if self._stopped.is_set():
-            raise HubError(f"{self._snapshot.address}: was closed while it was read")
-
     def close(self) -> None:
         """End all requests; threads that hang in one are not waited for longer than a second."""
-        self._stopped.set()
-        self._ranges.stop()
+        self._wire.stop()
         if self._xet is not None:
             self._xet.close()
         for _ in self._threads:
             self._parts.put(None)
         for thread in self._threads:
             thread.join(1.0)
-        self._ranges.close()
+        self._wire.close()
 
 
 class _Part:

@@ -6,12 +6,13 @@ wrong in a RuntimeError.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from mso_hub.errors import HubError
-from mso_hub.hub.client import Client
+from mso_hub.errors import HubError, MsoError
+from mso_hub.hub.client import Client, client_errors, may_pass, status_of
 from mso_hub.hub.memory import MemoryFile
 from mso_hub.hub.target import Target
 
@@ -20,6 +21,8 @@ BATCH = 100
 """Objects per request."""
 SIGNATURES = 3
 """Times that storage URLs are asked for: a slow line may outlive the first ones."""
+REFUSED = frozenset({400, 401, 403})
+"""Statuses that are about the signature of the URL or the bytes that came: a new URL and a new try may cure them."""
 
 
 def batch(client: Client, target: Target, objects: Iterable[tuple[str, int]]) -> dict[str, dict[str, Any]]:
@@ -64,7 +67,11 @@ def send_lfs(client: Client, target: Target, path: str, memory: MemoryFile, sha2
         except HfHubHTTPError as error:
             if left:
                 continue
-            raise client.explain(error, f"{target}/{path}") from None
+            raise HubError(
+                f"{target}/{path}: storage refused {SIGNATURES} fresh addresses in a row for {memory.nbytes:,} bytes "
+                f"(status {status_of(error)}); run the same command again, and where the line is too slow for the "
+                "time that an address is valid, use Xet or smaller shards"
+            ) from None
         if "verify" in actions:
             client.request(
                 "POST", actions["verify"]["href"], what=f"{target}/{path}", json={"oid": sha256, "size": memory.nbytes}
@@ -106,22 +113,25 @@ def _storage(client: Client, what: str, method: str, url: str, **settings: Any) 
     """One request to a signed URL, repeated while the storage is busy; HfHubHTTPError when it refuses."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
-    content = settings.pop("content", None)
-
-    def once() -> Any:
+    content, tries, waited = settings.pop("content", None), 0, 0.0
+    while True:
         if content is not None:
             settings["content"] = content()
-        response = get_session().request(method, url, **settings)
-        if status_of_refusal(response.status_code):
+        try:
+            response = get_session().request(method, url, **settings)
+            hf_raise_for_status(response)
             return response
-        hf_raise_for_status(response)
-        return response
+        except MsoError:
+            raise
+        except client_errors() as error:
+            failure = error
+        if status_of(failure) in REFUSED:
+            raise failure
+        if not may_pass(failure):
+            raise client.explain(failure, what)
+        # Only waiting counts: the transfer that broke may have taken longer than our patience.
+        paused = time.monotonic()
+        client.pause(tries, paused - waited, what, failure)
+        waited += time.monotonic() - paused
+        tries += 1
 
-    response = client.attempt(once, what=what)
-    hf_raise_for_status(response)
-    return response
-
-
-def status_of_refusal(status: int) -> bool:
-    """Is this an answer about the signature of the URL, which a new one cures?"""
-    return status in (400, 401, 403)

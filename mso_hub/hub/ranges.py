@@ -6,11 +6,9 @@ of ours. A broken answer is continued from the byte where it broke.
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -18,6 +16,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from mso_hub.errors import HubError, MsoError
 from mso_hub.hub.client import AGAIN, Client, client_errors, may_pass, status_of
 from mso_hub.hub.repository import RemoteFile, Snapshot
+from mso_hub.hub.wire import Wire
 
 EXPIRED = frozenset({401, 403})
 """How storage answers a signature that is too old."""
@@ -36,19 +35,13 @@ class Place:
 
 
 class Ranges:
-    """Reads ranges of the files of one snapshot. Safe to use from several threads.
+    """Reads ranges of the files of one snapshot. Safe to use from several threads."""
 
-    wait  sleeps between two tries; raises when nobody wants the bytes any more
-    """
-
-    def __init__(self, client: Client, snapshot: Snapshot, wait: Callable[[float], object] = time.sleep) -> None:
-        self._client, self._snapshot, self._wait = client, snapshot, wait
-        self._http = client.http()
+    def __init__(self, client: Client, snapshot: Snapshot, wire: Wire) -> None:
+        self._client, self._snapshot, self._wire = client, snapshot, wire
         self._places: dict[str, Place] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
-        self._sockets: dict[int, Any] = {}
-        self._closed = False
 
     def read(self, file: RemoteFile, begin: int, target: memoryview) -> None:
         """Fill `target` with the bytes that start at `begin`; HubError or TransientError when that is impossible."""
@@ -74,7 +67,7 @@ class Ranges:
                 )
             if status is None and not may_pass(failure):
                 raise self._client.explain(failure, what)
-            self._client.pause(tries, started, what, failure, self._wait)
+            self._client.pause(tries, started, what, failure, self._wire.sleep)
             tries += 1
 
     def _once(self, file: RemoteFile, place: Place, begin: int, target: memoryview) -> tuple[int, Exception | None]:
@@ -85,7 +78,7 @@ class Ranges:
         passing: tuple[type[Exception], ...] = (*client_errors(), RuntimeError)
         headers = {**place.headers, "Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
         try:
-            with self._http.stream("GET", place.url, headers=headers, extensions=self._traced()) as response:
+            with self._wire.http.stream("GET", place.url, headers=headers, extensions=self._wire.traced()) as response:
                 if response.status_code not in {200, 206}:
                     return 0, httpx.HTTPStatusError("", request=response.request, response=response)
                 self._require_range(file, response, begin, end)
@@ -97,7 +90,7 @@ class Ranges:
         except MsoError:
             raise
         except passing as error:
-            self._check()  # a client that is closed while it is used says so by RuntimeError
+            self._wire.check()  # a client that is closed while it is used says so by RuntimeError
             if isinstance(error, RuntimeError):
                 raise
             return done, error
@@ -127,7 +120,9 @@ class Ranges:
         with lock:
             if file.path not in self._places:
                 what = f"{self._snapshot.address}/{file.path}"
-                self._places[file.path] = self._client.attempt(lambda: self._resolve(file), what=what, wait=self._wait)
+                self._places[file.path] = self._client.attempt(
+                    lambda: self._resolve(file), what=what, wait=self._wire.sleep
+                )
             return self._places[file.path]
 
     def _renew(self, file: RemoteFile, stale: Place) -> None:
@@ -142,10 +137,10 @@ class Ranges:
 
         url, headers = self._url(file), self._client.headers()
         for _ in range(HOPS):
-            self._check()
-            response = self._http.request(
+            self._wire.check()
+            response = self._wire.http.request(
                 "HEAD", url, headers={**headers, "Accept-Encoding": "identity"}, follow_redirects=False,
-                extensions=self._traced(),
+                extensions=self._wire.traced(),
             )  # fmt: skip
             hf_raise_for_status(response)
             target = response.headers.get("location")
@@ -162,41 +157,3 @@ class Ranges:
     def _url(self, file: RemoteFile) -> str:
         snapshot = self._snapshot
         return f"{self._client.endpoint}/{snapshot.address.repo_id}/resolve/{snapshot.commit}/{quote(file.path)}"
-
-    def _traced(self) -> dict[str, Any]:
-        """Tells us every socket that is opened, so that close() can end a request that hangs."""
-
-        def trace(event: str, info: Mapping[str, Any]) -> None:
-            """Called by httpx at each stage of a request."""
-            if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-                found = info["return_value"].get_extra_info("socket")
-                with self._lock:
-                    self._sockets = {fd: s for fd, s in self._sockets.items() if s.fileno() >= 0}
-                    self._sockets[found.fileno()] = found
-                if self._closed:  # an error here would leave the socket open: the request has to find it dead
-                    _hang_up(found)
-
-        return {"trace": trace}
-
-    def _check(self) -> None:
-        if self._closed:
-            raise HubError(f"{self._snapshot.address}: was closed while it was read")
-
-    def stop(self) -> None:
-        """End all requests, those that hang too."""
-        self._closed = True
-        with self._lock:
-            sockets = list(self._sockets.values())
-        for opened in sockets:
-            _hang_up(opened)
-
-    def close(self) -> None:
-        """Let all connections go; no thread may read any more."""
-        self.stop()
-        self._http.close()
-
-
-def _hang_up(opened: socket.socket) -> None:
-    """Whoever waits for this socket gets an end of file."""
-    with contextlib.suppress(OSError):  # closed already
-        opened.shutdown(socket.SHUT_RDWR)

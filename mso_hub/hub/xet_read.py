@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 from mso_hub.errors import HubError
 from mso_hub.hub.client import Client
 from mso_hub.hub.repository import RemoteFile, Snapshot
+from mso_hub.hub.wire import Wire
 from mso_hub.hub.xet import token_refresh, xet_headers, xet_session
 
 REFUSED = frozenset({400, 401, 403, 404, 416})
@@ -20,17 +21,13 @@ REPEATS = 2
 
 
 class XetReader:
-    """Streams the Xet files of one snapshot. Safe to use from several threads.
+    """Streams the Xet files of one snapshot. Safe to use from several threads."""
 
-    wait  sleeps between two tries; raises when nobody wants the bytes any more
-    """
-
-    def __init__(self, client: Client, snapshot: Snapshot, wait: Callable[[float], object] = time.sleep) -> None:
-        self._client, self._snapshot, self._wait = client, snapshot, wait
+    def __init__(self, client: Client, snapshot: Snapshot, wire: Wire) -> None:
+        self._client, self._snapshot, self._wire = client, snapshot, wire
         self._lock = threading.Lock()
         self._group: Any = None
         self._groups: list[Any] = []
-        self._closed = False
 
     def stream(self, file: RemoteFile, begin: int, end: int) -> Generator[memoryview, None, None]:
         """Bytes [begin, end) in order; continued where it breaks."""
@@ -59,7 +56,7 @@ class XetReader:
 
     def _judge(self, failure: Exception | None, tries: int, started: float, what: str, group: Any) -> None:
         """Wait before another try, or raise what a broken stream means."""
-        self._check()
+        self._wire.check()
         # hf_xet loses some errors: the stream just ends early.
         error = failure or ConnectionError("the stream ended early")
         found = re.search(r"\((\d{3})\b", str(error))
@@ -72,17 +69,17 @@ class XetReader:
         with self._lock:
             if self._group is group:
                 self._group = None  # the next one starts with a fresh token
-        self._client.pause(tries, started, what, error, self._wait)
+        self._client.pause(tries, started, what, error, self._wire.sleep)
 
     def _open(self) -> Any:
         """The group that all streams share: it keeps connections and the storage token."""
         with self._lock:
-            self._check()
+            self._wire.check()
             if self._group is None:
                 snapshot, client = self._snapshot, self._client
                 url, headers = token_refresh(client, snapshot.address.repo_id, "read", snapshot.commit)
                 # The first token by ourselves: hf_xet does not tell what a Hub says that refuses it, or is busy.
-                granted = client.request("GET", url, what=str(snapshot.address), wait=self._wait).json()
+                granted = client.request("GET", url, what=str(snapshot.address), wire=self._wire).json()
                 self._group = xet_session(client.patience.silence, tries=1).new_download_stream_group(
                     endpoint=granted["casUrl"], token=granted["accessToken"], token_expiry_unix_secs=granted["exp"],
                     token_refresh_url=url, token_refresh_headers=headers, custom_headers=xet_headers(client),
@@ -90,13 +87,8 @@ class XetReader:
                 self._groups.append(self._group)
             return self._group
 
-    def _check(self) -> None:
-        if self._closed:
-            raise HubError(f"{self._snapshot.address}: was closed while it was read")
-
     def close(self) -> None:
-        """Cancel all streams."""
-        self._closed = True
+        """Cancel all streams; the wire has to be stopped before."""
         for group in self._groups:
             group.abort()
         self._groups.clear()

@@ -1,10 +1,18 @@
-"""What a plan changes, by kind of module: layer and expert numbers become N."""
+"""What a plan changes and leaves, by kind of module (layer and expert numbers become N), and what to call it."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mso_hub.formats.weight import FLOAT_DTYPES
 from mso_hub.plan.planner import Plan
+
+HINT = " (--all_linear takes it)"
+"""End of a reason that helps who converts, and nobody else."""
+DTYPES = {"BF16": "BF16", "F16": "FP16", "F32": "FP32"}
+"""Safetensors dtype -> what people call it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +29,52 @@ class Change:
     count: int
     before: int
     after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Modules that stay as they are for one reason.
+
+    kinds  the most frequent first
+    """
+
+    reason: str
+    count: int
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How weights are stored.
+
+    scheme       `nvfp4`, `int4`, or a floating-point dtype: `BF16`
+    bits         of a weight, and of an activation while it is multiplied; 16 stands for all that is not quantized
+    layout       how it lies on disk, "" for dense weights
+    """
+
+    scheme: str
+    bits: int = 16
+    activation_bits: int = 16
+    layout: str = ""
+
+    @property
+    def label(self) -> str:
+        """`NVFP4 (W4A16, compressed-tensors)`, `BF16`."""
+        if not self.layout:
+            return DTYPES.get(self.scheme, self.scheme)
+        return f"{self.scheme.upper()} ({self.short}, {self.layout})"
+
+    @property
+    def short(self) -> str:
+        """`W4A16`."""
+        return f"W{self.bits}A{self.activation_bits}"
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """As the Hub's users look for it."""
+        if not self.layout:
+            return (self.label.lower(),)
+        return (self.scheme, self.short.lower(), self.layout, f"{self.bits}-bit", "vllm")
 
 
 def size(nbytes: float) -> str:
@@ -49,3 +103,24 @@ def changes(plan: Plan) -> list[Change]:
         row[1] += step.weight.nbytes
         row[2] += sum(info.nbytes for info in step.outputs)
     return [Change(kind, becomes, *row) for (kind, becomes), row in sorted(found.items())]
+
+
+def by_reason(kept: Mapping[str, str]) -> list[Kept]:
+    """Module -> reason, as Plan.kept has it -> one entry for each reason, the one with most modules first."""
+    found: dict[str, Counter[str]] = {}
+    for module, reason in kept.items():
+        found.setdefault(reason.removesuffix(HINT), Counter())[kind_of(module)] += 1
+    entries = [
+        Kept(reason, kinds.total(), tuple(sorted(kinds, key=lambda kind: (-kinds[kind], kind))))
+        for reason, kinds in found.items()
+    ]
+    return sorted(entries, key=lambda entry: (-entry.count, entry.reason))
+
+
+def main_dtype(sizes: Sequence[tuple[str, int]]) -> str:
+    """Of (dtype, bytes) of all tensors the floating-point dtype with most bytes; BF16 where there is none."""
+    total = dict.fromkeys(FLOAT_DTYPES, 0)
+    for dtype, nbytes in sizes:
+        if dtype in total:
+            total[dtype] += nbytes
+    return max(total, key=lambda dtype: total[dtype])

@@ -235,10 +235,12 @@ class _Heads:
     def _fetch(self, file: str, future: Future[NDArray[np.uint8]]) -> None:
         try:
             future.set_result(self._download.read(self._below + file, 0, min(self.size(file), FIRST_READ)))
-        except MsoError as error:
+        except BaseException as error:
             with self._lock:
                 self._kept.pop(file, None)
             future.set_exception(error)
+            if not isinstance(error, MsoError):
+                raise
 
     def _keep(self, file: str, head: NDArray[np.uint8]) -> None:
         future = Future[NDArray[np.uint8]]()

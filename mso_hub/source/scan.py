@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mso_hub.source import Source
 
 INDEX_SUFFIX = ".safetensors.index.json"
+BESIDE = frozenset({"README.md", ".gitattributes", ".gitignore"})
+"""Files that say nothing about the weights: an edit of the card must not make an unfinished run another job."""
 FIRST_READ = 65_536
 """Bytes asked for before the header length is known: one read is enough for most shards."""
 
@@ -111,7 +113,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
             owned[shard] = str(group.index)
     groups = _join_loose(groups, [shard for name, shard in shards.items() if name not in owned])
     digest = hashlib.sha256()
-    for name in sorted(files):
+    for name in sorted(set(files) - BESIDE):
         digest.update(f"{name}\0{source.stamp(name)}\0".encode())
     config: dict[str, Any] = {}
     if "config.json" in files:

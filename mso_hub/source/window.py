@@ -156,7 +156,7 @@ class Window:
 
     def wait(self, event: threading.Event) -> None:
         """Until an event of the fetching side happens; its error when it fails."""
-        while not event.wait(TICK):
+        while not event.wait(TICK / 10):
             with self._changed:
                 self._check()
 

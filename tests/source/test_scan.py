@@ -201,7 +201,7 @@ def test_a_file_cut_anywhere_is_refused(cut: int, name: str) -> None:
         scan(files)
 
 
-def test_the_identity_follows_every_file() -> None:
+def test_the_identity_follows_every_file_that_matters() -> None:
     """Another byte in a shard, in the config or in a carried file is another checkpoint; a rerun is the same."""
     files = checkpoint_files(TWO, {"a": 1}) | {"tokenizer.json": b"{}"}
     first = scan(files).identity
@@ -211,6 +211,8 @@ def test_the_identity_follows_every_file() -> None:
         assert scan(files | {name: changed}).identity != first
     renamed = without(files, "tokenizer.json") | {"merges.txt": b"{}"}
     assert scan(renamed).identity != first
+    beside = {"README.md": b"a better card", ".gitattributes": b"*.bin filter=lfs"}
+    assert scan(files | beside).identity == first
 
 
 def test_other_files_are_listed() -> None:
