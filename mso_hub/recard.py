@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ def _require_good(report: Report) -> None:
 
 def _card(mine: Opened, theirs: Opened | None, report: Report, manifest: Mapping[str, Any], base: str | None) -> str:
     """The whole README.md."""
-    stored = _stored(mine)
+    inputs = _input_scales(mine)
+    stored = _stored(mine, four=bool(inputs))
     target, revision = target_of(mine.source.name)
     original = read_card(theirs.source) if theirs else b""
     own = not original
@@ -109,7 +110,7 @@ def _card(mine: Opened, theirs: Opened | None, report: Report, manifest: Mapping
         target=target,
         revision=revision,
         stored=stored,
-        rows=_rows(mine, theirs, report),
+        rows=_rows(mine, theirs, report, inputs),
         kept=_kept(mine) if any(s.layout for s in stored) else (),
         before=sum(weight.nbytes for weight in theirs.weights.values()) if theirs else None,
         after=sum(info.nbytes for info in _tensors(mine)),
@@ -118,7 +119,7 @@ def _card(mine: Opened, theirs: Opened | None, report: Report, manifest: Mapping
         commit=commit,
         endpoint=endpoint,
         measured=f"by `mso-hub verify` on every number{against}",
-        activation=_activation(mine),
+        activation=_activation(mine, inputs),
         remote_code="auto_map" in mine.checkpoint.config,
         text_only=theirs is not None and _architectures(theirs) != _architectures(mine),
         made=bool(manifest),
@@ -147,24 +148,30 @@ def _from(theirs: Opened | None, manifest: Mapping[str, Any]) -> tuple[str | Non
     return (origin.repo_id, origin.commit, endpoint) if origin else (None, None, None)
 
 
-def _stored(mine: Opened) -> tuple[Stored, ...]:
-    """Every form that packed weights have, most bytes first; the main dtype where none is packed."""
+def _stored(mine: Opened, *, four: bool) -> tuple[Stored, ...]:
+    """Every form that packed weights have, most bytes first; the main dtype where none is packed.
+
+    four  NVFP4 layers quantize their activations too
+    """
+    bits = _activation_bits(mine.checkpoint.config)
     sizes: dict[Stored, int] = {}
     for weight in mine.weights.values():
         if weight.decoder is not None:
-            stored = _form(mine, weight)
+            stored = replace(_form(weight), activation_bits=bits)
+            if stored.scheme == "nvfp4":
+                stored = replace(stored, activation_bits=4 if four else 16)
             sizes[stored] = sizes.get(stored, 0) + weight.nbytes
     if not sizes:
         return (Stored(main_dtype([(info.dtype, info.nbytes) for info in _tensors(mine)])),)
     return tuple(sorted(sizes, key=lambda stored: -sizes[stored]))
 
 
-def _form(mine: Opened, weight: Weight) -> Stored:
+def _form(weight: Weight) -> Stored:
+    """How one weight is stored, whatever its activations."""
     if isinstance(weight.decoder, Nvfp4Decoder):
-        return Stored("nvfp4", 4, 4 if _input_scales(mine) else 16, weight.decoder.layout)
+        return Stored("nvfp4", 4, layout=weight.decoder.layout)
     if isinstance(weight.decoder, PackedInt):
-        bits = weight.decoder.bits
-        return Stored(f"int{bits}", bits, _activation_bits(mine.checkpoint.config), "compressed-tensors")
+        return Stored(f"int{weight.decoder.bits}", weight.decoder.bits, layout="compressed-tensors")
     return Stored(weight.dtype)
 
 
@@ -185,35 +192,31 @@ def _input_scales(mine: Opened) -> list[TensorInfo]:
     return [info for info in _tensors(mine) if info.name in names and (info.dtype, info.nbytes) == ("F32", 4)]
 
 
-def _activation(mine: Opened) -> str:
+def _activation(mine: Opened, inputs: Sequence[TensorInfo]) -> str:
     """Equal scales everywhere were not measured on any text."""
-    values = set(read_input_scales(_input_scales(mine), mine.source.read).values())
+    values = set(read_input_scales(inputs, mine.source.read).values())
     if not values:
         return ""
     return constant_scale(values.pop()) if len(values) == 1 else "as stored, not the same for every module"
 
 
-def _rows(mine: Opened, theirs: Opened | None, report: Report) -> list[Row]:
+def _rows(mine: Opened, theirs: Opened | None, report: Report, inputs: Sequence[TensorInfo]) -> list[Row]:
     """One row for each kind of weight and each form, of those that are packed or have changed."""
     errors = {error.name: error.nmse for error in report.errors}
+    scales = {info.name.rpartition(".")[0]: info.nbytes for info in inputs}
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, weight in mine.weights.items():
         if weight.decoder is not None or weight.name in errors:
-            becomes = _form(mine, weight).scheme if weight.decoder else weight.dtype
-            kinds.setdefault((kind_of(weight.module), becomes), []).append(name)
-    return [_row(key, names, mine, theirs, errors) for key, names in sorted(kinds.items())]
-
-
-def _row(
-    key: tuple[str, str], names: Sequence[str], mine: Opened, theirs: Opened | None, errors: Mapping[str, float]
-) -> Row:
-    members = [mine.weights[name] for name in names]
-    scales = {info.name.rpartition(".")[0]: info.nbytes for info in _input_scales(mine)}
-    found = [errors[weight.name] for weight in members if weight.name in errors]
-    before = sum(theirs.weights[n].nbytes for n in names if n in theirs.weights) if theirs else None
-    quality = (sum(found) / len(found), max(found)) if found else (None, None)
-    after = sum(weight.nbytes + scales.get(weight.module, 0) for weight in members)
-    return Row(*key, len(names), before, after, *quality)
+            kinds.setdefault((kind_of(weight.module), _form(weight).scheme), []).append(name)
+    rows = []
+    for key, names in sorted(kinds.items()):
+        members = [mine.weights[name] for name in names]
+        found = [errors[weight.name] for weight in members if weight.name in errors]
+        before = sum(theirs.weights[n].nbytes for n in names if n in theirs.weights) if theirs else None
+        after = sum(weight.nbytes + scales.get(weight.module, 0) for weight in members)
+        quality = (sum(found) / len(found), max(found)) if found else (None, None)
+        rows.append(Row(*key, len(names), before, after, *quality))
+    return rows
 
 
 def _kept(mine: Opened) -> list[Kept]:

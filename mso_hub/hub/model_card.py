@@ -22,6 +22,7 @@ Value = str | list[str]
 ONE = ("license_name", "license_link", "pipeline_tag", "library_name", "base_model_relation")
 MANY = ("license", "language", "base_model", "tags")
 """Keys with one text, and keys with one or several."""
+KEYS = (*ONE, *MANY)
 HEAD = 1 << 20
 """Bytes of a README.md in which its metadata must end; it takes seconds to read more."""
 LONGEST, MOST = 400, 400
@@ -37,7 +38,7 @@ PAGE = re.compile(r"(blob|resolve|raw|tree)/[^/]+/")
 
 
 def parse_metadata(readme: bytes) -> dict[str, Value]:
-    """What a README.md says under the keys of ONE and MANY; {} where its metadata is absent or no YAML mapping.
+    """What a README.md says under KEYS; {} where its metadata is absent or no YAML mapping.
 
     Never raises. Texts have no control characters, lists no repetitions; `tags` is always a list.
     """
@@ -54,7 +55,7 @@ def parse_metadata(readme: bytes) -> dict[str, Value]:
         return {}
     if not isinstance(found, dict):
         return {}
-    said = {key: _texts(found.get(key)) for key in (*ONE, *MANY)}
+    said = {key: _texts(found.get(key)) for key in KEYS}
     alone = {key for key in said if key != "tags" and not isinstance(found.get(key), list)}
     one: dict[str, Value] = {key: texts[0] for key, texts in said.items() if texts and key in alone}
     return one | {key: texts for key, texts in said.items() if texts and key in MANY and key not in alone}

@@ -6,6 +6,7 @@ are limits of ours, so that memory stays countable and waiting is reported.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from typing import Any, Literal
@@ -15,6 +16,11 @@ from mso_hub.hub.client import SILENCE, Client
 
 BUFFER, BUFFER_PER_FILE, BUFFER_LIMIT = 64 << 20, 32 << 20, 128 << 20
 """Bytes that hf_xet may hold of downloads: in all to begin with, more for each open file, in all at most."""
+
+UPLOADS = 4
+"""Blocks of up to 64 MiB that are on their way up at once."""
+M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1
+"""Parameters of mallopt, from malloc.h."""
 
 _SESSIONS: dict[tuple[int, float, int], Any] = {}
 _LOCK = threading.Lock()
@@ -38,11 +44,23 @@ def xet_session(silence: float = SILENCE, tries: int = 5) -> Any:
     key = (os.getpid(), silence, tries)
     with _LOCK:
         if key not in _SESSIONS:
+            _return_memory()
             config = hf_xet.XetConfig()
             known = set(config.keys())
             wanted = _settings(silence, tries)
             _SESSIONS[key] = hf_xet.XetSession(config.with_config({k: v for k, v in wanted.items() if k in known}))
         return _SESSIONS[key]
+
+
+def _return_memory() -> None:
+    """Ask glibc for two arenas and for large blocks by mmap, which go back to the system when they are freed.
+
+    Otherwise each of hf_xet's threads keeps what it once held: peak memory of a run was 1.1 GB instead of 0.7.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # another libc has no such hoard
+        for parameter, value in ((M_ARENA_MAX, 2), (M_MMAP_THRESHOLD, 1 << 20), (M_TRIM_THRESHOLD, 1 << 20)):
+            mallopt(parameter, value)
 
 
 def _settings(silence: float, tries: int) -> dict[str, Any]:
@@ -51,6 +69,7 @@ def _settings(silence: float, tries: int) -> dict[str, Any]:
         "reconstruction.download_buffer_size": BUFFER,
         "reconstruction.download_buffer_perfile_size": BUFFER_PER_FILE,
         "reconstruction.download_buffer_limit": BUFFER_LIMIT,
+        "client.ac_max_upload_concurrency": UPLOADS,
         "client.connect_timeout": f"{silence * 1000:.0f}ms",
         "client.read_timeout": f"{silence * 1000:.0f}ms",
         "client.retry_max_attempts": tries,

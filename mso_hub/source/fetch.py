@@ -69,6 +69,9 @@ class _JobState:
 class Fetcher:
     """Reads announced jobs ahead of their use.
 
+    The first job that mainly reads a file streams all of it, so that its SHA-256 can be compared; a later job fetches
+    only the ranges that it needs of it, and files that are not a job's main one are read in pieces, unchecked.
+
     name   of the source, for messages
     ahead  bytes that may wait to be used, on top of what a job's order of reads forces it to hold
     slack  bytes that order may force it to hold; see schedule()
