@@ -41,6 +41,7 @@ def convert(
     """Write the checkpoint at `source` to `sink` as the recipe says; continues an unfinished run of the same job.
 
     source, sink  folders, `hf://org/name@revision`, or objects that speak the protocols; a source object is left open
+                  where this returns
     engine        threads and memory; by default all processors and 448 MiB of weights in flight
     card          write a model card in place of the source's README.md
     base_model    repo id for the card, where the source does not tell
@@ -59,8 +60,11 @@ def convert(
         for name in work.copied:
             progress.file(name)
         source.expect(work.jobs(engine))
-        pieces = engine.run(plan, work.shards, source.read, _Notes(sink), once=source.distant, measure=card)
-        for piece in write_pieces(note_errors(pieces, sink.note), sink, source.settle):
+        abort = partial(_abort, source, sink)
+        pieces = engine.run(
+            plan, work.shards, source.read, _Notes(sink), once=source.distant, measure=card, abort=abort
+        )
+        for piece in write_pieces(note_errors(pieces, sink.note), sink, source.settle, abort):
             progress.piece(piece)
         for name in work.files:
             work.copy(name)
@@ -101,6 +105,12 @@ def _opened(source: str | Path | Source, sink: str | Path | Sink, on_event: List
                 "choose an output beside it"
             )
     return opened, sink
+
+
+def _abort(source: Source, sink: Sink) -> None:
+    """End every wait for the network, so that threads can end: after Ctrl-C nobody wants to wait for a dead Hub."""
+    source.close()
+    sink.abort()
 
 
 class _Work:

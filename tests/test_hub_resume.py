@@ -7,7 +7,8 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -58,13 +59,19 @@ def resumed(events: list[dict[str, object]]) -> list[object]:
     return [event["shard"] for event in events if event["event"] == "ShardResumed"]
 
 
-def start(place: World, example: Example, *more: str, machine: str = "one") -> subprocess.Popen[bytes]:
-    """A run that nobody looks at."""
-    where = ("--input_dir", example.source, "--output_dir", example.out, "--quiet", *more)
-    return subprocess.Popen(
-        program("quantize", *where), env=place.settings(machine), cwd=place.home(machine),
+@contextmanager
+def running(place: World, example: Example) -> Iterator[subprocess.Popen[bytes]]:
+    """A run, killed when the block ends."""
+    where = ("--input_dir", example.source, "--output_dir", example.out, "--quiet")
+    process = subprocess.Popen(
+        program("quantize", *where), env=place.settings(), cwd=place.home("one"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 # --- kill -9 ------------------------------------------------------------------------------------------
@@ -82,10 +89,10 @@ def test_killed_at_random_moments_the_bytes_are_those_of_an_uninterrupted_run(pl
         place.hub.set(bandwidth_up=LINE)
         here = 0
         for _ in range(4):
-            process = start(place, example)
-            time.sleep(chance.uniform(0.4, 1.3))
-            process.kill()
-            _, messages = process.communicate()
+            with running(place, example) as process:
+                time.sleep(chance.uniform(0.4, 1.3))
+                process.kill()
+                _, messages = process.communicate()
             require_no_secrets(messages.decode())
             if process.returncode != -signal.SIGKILL:
                 break
@@ -117,10 +124,8 @@ def test_killed_while_the_hub_makes_the_commit(place: World, tmp_path: Path) -> 
     example = Example(place, tmp_path, 200)
     place.hub.fail("POST .*/commit/", land=True, status=504)
     place.hub.fail("POST .*/paths-info/", delay=30, times=-1)
-    process = start(place, example)
-    until(lambda: place.api.repo_exists(example.repo) and len(place.api.list_repo_commits(example.repo)) == 2)
-    process.kill()
-    process.communicate()
+    with running(place, example):
+        until(lambda: place.api.repo_exists(example.repo) and len(place.api.list_repo_commits(example.repo)) == 2)
     place.hub.clear_faults()
     assert len(place.journals()) == 1
     place.log()
@@ -132,9 +137,8 @@ def test_killed_while_the_hub_makes_the_commit(place: World, tmp_path: Path) -> 
     assert place.journals() == []
 
 
-def until(happened: object, seconds: float = 20) -> None:
+def until(happened: Callable[[], bool], seconds: float = 20) -> None:
     """Wait for something that another process does."""
-    assert callable(happened)
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "it did not happen"
@@ -208,14 +212,14 @@ def test_ctrl_c_ends_any_wait(lfs: World, tmp_path: Path, case: str) -> None:
     lfs.hub.set(bandwidth_up=line)
     lfs.hub.fail(match, **effect)
     try:
-        process = start(lfs, example)
-        method = match.split(maxsplit=1)[0]
-        until(lambda: any(r.method == method and (r.origin == "storage" or r.status == 429) for r in lfs.hub.log()))
-        time.sleep(0.7)
-        pressed = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        _, messages = process.communicate(timeout=TIMEOUT)
-        assert time.monotonic() - pressed < 5
+        with running(lfs, example) as process:
+            method = match.split(maxsplit=1)[0]
+            until(lambda: any(r.method == method and (r.origin == "storage" or r.status == 429) for r in lfs.hub.log()))
+            time.sleep(0.7)
+            pressed = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, messages = process.communicate(timeout=TIMEOUT)
+            assert time.monotonic() - pressed < 5
     finally:
         lfs.hub.clear_faults()
         lfs.hub.set(bandwidth_up=0)

@@ -95,11 +95,13 @@ class _Assembler:
 
 
 def write_pieces(
-    pieces: Iterable[Piece], files: _Files, settle: Callable[[str], None] = lambda _: None
-) -> Iterator[Piece]:
+    pieces: Iterable[Piece], files: _Files, settle: Callable[[str], None] = lambda _: None,
+    abort: Callable[[], None] = lambda: None,
+) -> Iterator[Piece]:  # fmt: skip
     """Write every piece and hand it on when its bytes are out (its shard closed, when it was the last).
 
     settle  called with a shard's name before the shard is closed; what it raises keeps the shard from counting
+    abort   called when this ends early, before the writing thread is waited for: it may wait for the network
     Raises what the sink raises; then the shard in hand is given up and earlier ones stay complete. Either way, and
     when the caller closes this generator early, `pieces` is closed too.
     """
@@ -118,6 +120,7 @@ def write_pieces(
                 future.result()
                 yield written
         except BaseException:
+            abort()
             thread.shutdown()  # what is queued may be the end of a shard
             assembler.abort()
             raise

@@ -121,7 +121,7 @@ class ThreadEngine:
 
     def run(
         self, plan: Plan, shards: Iterable[ShardPlan], read: Reader, notes: MutableMapping[str, float], *,
-        once: bool = False, measure: bool = False,
+        once: bool = False, measure: bool = False, abort: Callable[[], None] = lambda: None,
     ) -> Generator[Piece, None, None]:  # fmt: skip
         """All pieces of the shards, shard by shard, each output tensor front to back.
 
@@ -129,12 +129,16 @@ class ThreadEngine:
         notes    amax of units whose members lie in several shards, kept for the other shards and for a resumed run
         once     keep every unit in memory, also one above half the budget: reading it again would cost a download
         measure  pieces tell what encoding did to a sample of each weight
+        abort    called when the run ends early, before its threads are waited for: they may wait for the network
         Raises NonFiniteError for NaN or Inf in a weight that is encoded or decoded.
         """
         with ThreadPoolExecutor(self.workers, thread_name_prefix="mso") as pool:
             run = _Run(plan, read, notes, pool, self, once=once, measure=measure)
             try:
                 yield from run.pieces(shards)
+            except BaseException:
+                abort()
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
 

@@ -134,4 +134,3 @@ def _storage(client: Client, what: str, method: str, url: str, **settings: Any) 
         client.pause(tries, paused - waited, what, failure)
         waited += time.monotonic() - paused
         tries += 1
-

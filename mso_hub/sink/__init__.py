@@ -78,6 +78,9 @@ class Sink(Protocol):
         closing   small files that could not be announced: the model card knows the errors of all weights
         """
 
+    def abort(self) -> None:
+        """The run ends early: give up what is on its way to another machine. Called from any thread, before close."""
+
     def close(self) -> None:
         """Let go of the output; what is complete stays for the next run."""
 

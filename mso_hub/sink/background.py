@@ -6,12 +6,16 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Protocol
 
-STOPPING = 10.0
-"""Seconds that an upload has to notice that it was aborted."""
+from mso_hub.errors import SinkError
+
+STOPPING = 2.0
+"""Seconds that an upload has to notice that it was aborted; the thread does not keep the process alive."""
+LOOK = 0.1
+"""Seconds after which who waits for an upload looks whether it was given up."""
 
 
 class _Abortable(Protocol):
@@ -44,6 +48,7 @@ class Background:
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
         self._pending: deque[tuple[_Abortable, Future[None]]] = deque()
+        self._stopped = False
         # Not a pool: that would keep the process alive until a Hub that does not answer has used up its patience.
         self._thread = threading.Thread(target=self._run, name="mso-upload", daemon=True)
         self._thread.start()
@@ -65,15 +70,19 @@ class Background:
         """Wait until at most `most` jobs are left; raises what a finished one raised."""
         while self._pending and (len(self._pending) > most or self._pending[0][1].done()):
             future = self._pending[0][1]
-            future.exception()  # waits; an interrupt here must not lose the job
+            while not wait([future], LOOK).done:  # an interrupt here must not lose the job
+                if self._stopped:
+                    raise SinkError("the upload was given up; run the same command again to go on")
             self._pending.popleft()
             future.result()
 
     def stop(self) -> None:
-        """Abort what is left."""
-        for upload, future in self._pending:
+        """Abort what is left; more than once is as good as once."""
+        if self._stopped:
+            return
+        self._stopped = True
+        for upload, future in list(self._pending):
             future.cancel()
             upload.abort()
-        self._pending.clear()
         self._jobs.put(None)
         self._thread.join(STOPPING)

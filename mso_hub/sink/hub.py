@@ -84,6 +84,7 @@ class HubSink:
         self._journal: Journal | None = None
         self._mirror: Mirror | None = None
         self._background: Background | None = None
+        self._upload: Upload | None = None
         self._recording = threading.Lock()
 
     @property
@@ -263,13 +264,15 @@ class HubSink:
         journal, background = self._open_journal, self._background
         assert background is not None  # noqa: S101 - lives as long as the journal
         background.settle(WAITING)
-        upload = Upload(self._client, self._target, file, nbytes)
+        self._upload = upload = Upload(self._client, self._target, file, nbytes)
         try:
             yield _Writer(upload)
             upload.require_whole()
         except BaseException:
             upload.abort()
             raise
+        finally:
+            self._upload = None
         background.add(upload, lambda: self._store(upload, journal))
 
     def _store(self, upload: Upload, journal: Journal) -> None:
@@ -356,6 +359,14 @@ class HubSink:
             f"{self.name}: the Hub no longer has {len(dict.fromkeys(lost or objects))} of {len(objects)} stored files, "
             f"{next(iter(lost or objects))} first; run the same command again, it sends them again"
         )
+
+    def abort(self) -> None:
+        """Give up the uploads that are under way."""
+        upload, background = self._upload, self._background
+        if upload is not None:
+            upload.abort()
+        if background is not None:
+            background.stop()
 
     def close(self) -> None:
         """Stop uploads, release the lock; what is journaled stays, a run that completed nothing leaves no journal."""

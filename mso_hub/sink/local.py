@@ -304,6 +304,9 @@ class LocalSink:
         finally:
             self.close()
 
+    def abort(self) -> None:
+        """Nothing is on its way."""
+
     def close(self) -> None:
         """Release the lock; what is journaled stays for the next run, a run that completed nothing leaves no trace."""
         journal, self._journal = self._journal, None

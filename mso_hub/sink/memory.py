@@ -92,5 +92,8 @@ class MemorySink:
         """Show all files."""
         self.files = {**self._staged, **closing, "mso_hub.json": manifest}
 
+    def abort(self) -> None:
+        """Nothing is on its way."""
+
     def close(self) -> None:
         """Nothing to let go of."""
