@@ -171,7 +171,7 @@ def noted_errors(notes: Mapping[str, float]) -> dict[str, tuple[int, float, floa
 def write_card(plan: Plan, source: Source, sink: Target, base_model: str | None = None) -> bytes:
     """README.md for the output of a plan, with the errors that the run noted; never raises for what the source says.
 
-    base_model  repo id or address, where the source does not tell
+    base_model  repo id or address, where the source does not tell; RecipeError for the address of anything but a model
     """
     recipe, origin = plan.recipe, source.origin
     target, revision = target_of(sink.name)

@@ -93,9 +93,9 @@ class World:
         }  # fmt: skip
         return {key: value for key, value in found.items() if value}
 
-    def journals(self, machine: str = "one") -> list[Path]:
-        """Journals of unfinished outputs."""
-        return sorted(self.home(machine).rglob("*.journal"))
+    def journals(self, repo: str, machine: str = "one") -> list[Path]:
+        """Journals of an unfinished output."""
+        return sorted(self.home(machine).rglob(f"*{repo.replace('/', '--')}--*.journal"))
 
     def run(
         self, verb: str, *words: object, machine: str = "one", **more: str

@@ -1,24 +1,30 @@
-"""Cards of conversions: what is said, what is carried over from the source's card, and that an interruption never shows."""
+"""Cards of conversions: what they say, what of the source's card they carry on, and that no interruption shows."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import constants
 
 from mso_hub import Recipe, convert, open_sink, verify_checkpoint
-from mso_hub.card import CARD, constant_scale, noted_errors, repo_of, target_of
+from mso_hub.card import CARD, constant_scale, note_errors, noted_errors, repo_of, target_of
 from mso_hub.engine import ThreadEngine
 from mso_hub.events import Event, ShardDone
+from mso_hub.hub.lookup import read_small
+from mso_hub.pipeline import make_plan
 from mso_hub.plan.summary import Stored, by_reason, main_dtype
 from mso_hub.sink import HubTarget, LocalSink, MemorySink
-from mso_hub.source import MemorySource
+from mso_hub.source import MemorySource, open_source
 from tests.helpers import checkpoint_files, random_tensor, tiny_llama, tiny_moe, write_checkpoint
+from tests.hub.cards import metadata, validate
 from tests.hub.serving import Served, serving
 
 HEAD = b"""---
@@ -68,6 +74,13 @@ def card_of(source: Path | str, recipe: Recipe, name: str = "hf://org/out", **mo
     return sink.files[CARD].decode()
 
 
+def readme(served: Served, repo: str, revision: str = "main") -> str:
+    """README.md of a repo."""
+    content = read_small(served.client(), repo, CARD, quote(revision, safe=""))
+    assert content is not None
+    return content.decode()
+
+
 def facts(text: str) -> dict[str, str]:
     """First table of a card."""
     return dict(re.findall(r"^\| ([A-Z][\w ]+) \| (.+) \|$", text, re.MULTILINE))
@@ -93,7 +106,7 @@ def test_what_a_card_of_a_repo_says(served: Served, source: Path) -> None:
     commit = served.client().api.model_info(repo).sha
     content = card_of(f"hf://{repo}", Recipe())
     link = f"{served.hub.endpoint}/{repo}/blob/{commit}/LICENSE.txt"
-    assert ModelCard(content).data.to_dict() == {
+    assert metadata(content) == {
         "license": "other", "license_name": "tiny-licence", "license_link": link, "language": ["en", "no"],
         "pipeline_tag": "text-generation", "library_name": "transformers", "base_model": repo,
         "base_model_relation": "quantized",
@@ -160,7 +173,7 @@ def test_schemes(recipe: Recipe, scheme: str, scale: str | None, source: Path) -
     text = card_of(source, recipe)
     said = facts(text)
     assert (said["Scheme"], said["Layout"], said.get("Activation scale")) == (scheme, recipe.layout, scale)
-    tags = ModelCard(text).data["tags"]
+    tags = metadata(text)["tags"]
     assert {"nvfp4", scheme[-5:].strip(", ").lower(), recipe.layout, "4-bit", "vllm"} <= set(tags)
     assert {"modelopt", "compressed-tensors"} - {recipe.layout} - set(tags)
 
@@ -176,12 +189,12 @@ def test_imported_activation_scales(source: Path) -> None:
 
 def test_a_folder_as_source(source: Path) -> None:
     """Neither config.json nor the source's own base model tell what it is; the user does."""
-    data = ModelCard(card_of(source, Recipe())).data.to_dict()
+    data = metadata(card_of(source, Recipe()))
     assert not {"base_model", "base_model_relation", "license_link"} & set(data) - {"license_link"}
     assert data["license_link"] == "LICENSE.txt"
-    for given in ("org/base", "hf://org/base@main", f"{constants.ENDPOINT}/org/base"):
+    for given in ("org/base", "hf://org/base@main", "https://huggingface.co/org/base"):
         text = card_of(source, Recipe(), base_model=given)
-        data = ModelCard(text).data.to_dict()
+        data = metadata(text)
         assert (data["base_model"], data["base_model_relation"]) == ("org/base", "quantized")
         assert data["license_link"] == f"{constants.ENDPOINT}/org/base/blob/main/LICENSE.txt"
         assert facts(text)["Source"] == "a folder"
@@ -191,7 +204,7 @@ def test_a_base_model_beside_a_repo_as_source(served: Served, source: Path) -> N
     """The commit belongs to the repo that was read, whatever the base model is said to be."""
     repo = served.put(source)
     text = card_of(f"hf://{repo}", Recipe(), base_model="org/base")
-    assert ModelCard(text).data.base_model == "org/base"
+    assert metadata(text)["base_model"] == "org/base"
     assert facts(text)["Source"].startswith(f"[{repo}]")
 
 
@@ -200,7 +213,7 @@ def test_the_licence_file_is_named_where_it_is(source: Path, tmp_path: Path) -> 
     folder = tiny_llama(tmp_path / "in", layers=1)
     (folder / CARD).write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
     (folder / "LICENSE").write_text("x")
-    assert ModelCard(card_of(folder, Recipe(), base_model="a/b")).data["license_link"] == "LICENSE"
+    assert metadata(card_of(folder, Recipe(), base_model="a/b"))["license_link"] == "LICENSE"
 
 
 # ---------------------------------------------------------------------------------------------------- dense outputs
@@ -213,7 +226,7 @@ def test_a_decoded_output(dtype: str, label: str, source: Path, tmp_path: Path) 
     folder = tiny_llama(tmp_path / "in", layers=1, dtype=kept)
     convert(folder, tmp_path / "packed", Recipe(), card=True)
     text = card_of(tmp_path / "packed", Recipe(scheme="bf16", dtype=dtype), base_model="org/packed")
-    data = ModelCard(text).data.to_dict()
+    data = metadata(text)
     assert data["base_model"] == "org/packed"
     assert "base_model_relation" not in data
     assert data["tags"] == ["vllm", label.lower(), "mso_hub"]
@@ -236,7 +249,7 @@ def test_a_language_model_alone(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "in", {"model.safetensors": tensors}, config)
     (folder / CARD).write_text("---\npipeline_tag: image-text-to-text\ntags: [Multimodal, chat, vision]\n---\n")
     text = card_of(folder, Recipe(scheme="bf16", text_only=True), base_model="org/seeing")
-    data = ModelCard(text).data.to_dict()
+    data = metadata(text)
     assert (data["pipeline_tag"], data["tags"]) == ("text-generation", ["chat", "bf16", "mso_hub"])
     assert "The language model of [org/seeing]" in text
     assert "base_model_relation" not in data
@@ -295,7 +308,7 @@ def test_remote_code_is_trusted_only_where_it_is_needed() -> None:
 def test_names_that_mean_something_to_yaml_or_markdown(name: str) -> None:
     """They are shown as they are."""
     text = card_of_small(name)
-    assert ModelCard(text).data["tags"][-1] == "mso_hub"
+    assert metadata(text)["tags"][-1] == "mso_hub"
     assert text.count("\n---\n") == 1
     assert text.count("\n# ") == 1
     assert "<script>" not in text.replace("'./<script>'", "")
@@ -344,6 +357,23 @@ def kill_after(shards: int) -> Any:
     return listen
 
 
+class Dying(LocalSink):
+    """A folder whose process ends at the very moment in which some shard counts as done."""
+
+    def __init__(self, path: Path, shards: int) -> None:
+        super().__init__(path)
+        self._left = shards
+
+    @contextmanager
+    def open(self, file: str, nbytes: int) -> Iterator[Any]:
+        """As ever, until then."""
+        with super().open(file, nbytes) as writer:
+            yield writer
+        self._left -= 1
+        if self._left == 0:
+            raise Killed
+
+
 @pytest.mark.parametrize("shards", [1, 2, 3])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_card_of_a_resumed_run_in_a_folder(shards: int, workers: int, source: Path, tmp_path: Path) -> None:
@@ -351,7 +381,7 @@ def test_the_card_of_a_resumed_run_in_a_folder(shards: int, workers: int, source
     engine = ThreadEngine(workers, 1 << 20)
     convert(source, tmp_path / "whole" / "out", Recipe(), engine=engine, card=True)
     with pytest.raises(Killed):
-        convert(source, tmp_path / "cut" / "out", Recipe(), engine=engine, card=True, on_event=kill_after(shards))
+        convert(source, Dying(tmp_path / "cut" / "out", shards), Recipe(), engine=engine, card=True)
     assert not (tmp_path / "cut" / "out").exists()
     convert(source, LocalSink(tmp_path / "cut" / "out"), Recipe(), engine=engine, card=True)
     assert (tmp_path / "cut" / "out" / CARD).read_bytes() == (tmp_path / "whole" / "out" / CARD).read_bytes()
@@ -377,8 +407,7 @@ def test_the_card_of_a_resumed_run_in_a_repo(served: Served, source: Path, tmp_p
             with pytest.raises(Killed):
                 convert(source, where, Recipe(), card=True, on_event=kill)
         convert(source, where, Recipe(), card=True, base_model="a/b")
-        api = served.client().api
-        cards.append(Path(api.hf_hub_download(f"dev/{name}", CARD)).read_text().replace(name, "NAME"))
+        cards.append(readme(served, f"dev/{name}").replace(name, "NAME"))
         assert verify_checkpoint(where).ok
     assert cards[0] == cards[1]
     assert "mean error" in cards[0]
@@ -390,6 +419,19 @@ def test_shards_of_a_run_without_a_card_have_no_errors(source: Path, tmp_path: P
         convert(source, tmp_path / "out", Recipe(), on_event=kill_after(1))
     convert(source, tmp_path / "out", Recipe(), card=True)
     assert "error" not in (tmp_path / "out" / CARD).read_text()
+
+
+def test_errors_are_noted_before_the_last_piece_goes_out(source: Path) -> None:
+    """Who writes files does it on a thread of its own: the notes must be there when it gets what completes a shard."""
+    plan, notes = make_plan(source, Recipe()), dict[str, float]()
+    shards = [shard for shard in plan.shards if any(step.unit for step in shard.steps)]
+    with closing(open_source(source)) as opened:
+        pieces = ThreadEngine(2).run(plan, shards, opened.read, {}, measure=True)
+        for piece in note_errors(pieces, notes.__setitem__):
+            noted = {json.loads(key)[1] for key in notes}
+            last = piece.done and piece.step is piece.shard.steps[-1]
+            assert (piece.shard.name in noted) == last
+    assert noted == {shard.name for shard in shards}
 
 
 def test_other_notes_are_no_errors() -> None:
@@ -412,10 +454,10 @@ def test_branch_and_pull_request(served: Served, source: Path) -> None:
     api = served.client().api
     api.create_repo("dev/many")
     convert(source, open_sink("hf://dev/many", target=HubTarget(branch="w4/a16")), Recipe(), card=True)
-    text = Path(api.hf_hub_download("dev/many", CARD, revision="w4/a16")).read_text()
+    text = readme(served, "dev/many", "w4/a16")
     assert serve_line(text) == "vllm serve dev/many --revision w4/a16"
     convert(source, open_sink("hf://dev/many", target=HubTarget(create_pr=True, title="T")), Recipe(), card=True)
-    text = Path(api.hf_hub_download("dev/many", CARD, revision="refs/pr/1")).read_text()
+    text = readme(served, "dev/many", "refs/pr/1")
     assert serve_line(text) == "vllm serve dev/many"
 
 
@@ -440,9 +482,8 @@ def test_the_hub_takes_the_card_whatever_the_source_has(kind: str, served: Serve
     (folder / CARD).write_bytes(STRANGE[kind])
     repo = f"dev/strange-{list(STRANGE).index(kind)}"
     convert(folder, f"hf://{repo}", Recipe(), card=True, base_model="a/b: #c")
-    text = Path(served.client().api.hf_hub_download(repo, CARD)).read_text()
-    card = ModelCard(text)
-    card.validate()
-    assert (card.data.base_model, card.data["base_model_relation"]) == ("a/b: #c", "quantized")
-    assert set(card.data.to_dict()) <= {"license", "library_name", "base_model", "base_model_relation", "tags"}
+    text = readme(served, repo)
+    validate(text)
+    assert (metadata(text)["base_model"], metadata(text)["base_model_relation"]) == ("a/b: #c", "quantized")
+    assert set(metadata(text)) <= {"license", "library_name", "base_model", "base_model_relation", "tags"}
     assert verify_checkpoint(f"hf://{repo}").ok

@@ -80,7 +80,7 @@ def test_the_output_is_that_of_a_conversion_from_folder_to_folder(place: World, 
     digests = {name: sha256(data) for name, data in place.files(out).items() if name != ".gitattributes"}
     assert digests.pop("mso_hub.json")
     assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == digests
-    assert place.journals() == []
+    assert place.journals(out) == []
 
 
 def test_a_hub_to_a_folder_and_back(place: World, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from mso_hub.errors import HubError, RecipeError
 from mso_hub.hub import Client
 from mso_hub.hub.commit import require_valid_card
+from mso_hub.hub.lookup import read_small
 from mso_hub.hub.model_card import (
     HEAD,
     KEYS,
@@ -28,9 +28,10 @@ from mso_hub.hub.model_card import (
     table,
 )
 from mso_hub.hub.target import Target
+from tests.hub.cards import metadata, validate
 from tests.hub.serving import Served, serving
 
-GOOD = {"license": "mit", "tags": ["a"]}
+GOOD: dict[str, object] = {"license": "mit", "tags": ["a"]}
 BLOCK = "license: mit\ntags: [a]"
 READ: dict[str, tuple[bytes, dict[str, object]]] = {
     "plain": (f"---\n{BLOCK}\n---\n# Text".encode(), GOOD),
@@ -116,11 +117,11 @@ TEXTS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_si
 def test_every_text_comes_back_as_a_text(base: str, tags: list[str]) -> None:
     """For the Hub's client too; what is not plain is quoted, so that no YAML takes it for something else."""
     content = join_card({"base_model": base, "tags": tags}, "# Title\n\n---\nx: y\n---\n")
-    data = ModelCard(content).data
+    data = metadata(content)
     assert (data["base_model"], data["tags"]) == (base, tags)
     assert ModelCard(content).text.startswith("\n# Title")
     tokens = [t for t in yaml.scan(content.split("\n---\n")[0]) if isinstance(t, yaml.ScalarToken)]
-    assert all(t.plain is False or t.value[0].isascii() and t.value[0].isalpha() for t in tokens)
+    assert all(t.plain is False or (t.value[0].isascii() and t.value[0].isalpha()) for t in tokens)
 
 
 def test_keys_keep_their_order() -> None:
@@ -135,7 +136,7 @@ def test_the_hub_takes_it(served: Served, caplog: pytest.LogCaptureFixture) -> N
     content = join_card({"license": "other: x", "base_model": "a/b: #c", "language": ["no"]}, "# T\n\n---\na: [\n---\n")
     require_valid_card(served.client(), Target("dev/x"), content.encode())
     with caplog.at_level(logging.ERROR):
-        ModelCard(content).validate()
+        validate(content)
     assert "/api/validate-yaml" in [request.path for request in served.hub.log()]
 
 
@@ -224,10 +225,10 @@ def test_a_card_is_one_commit_on_the_known_head(served: Served) -> None:
     url = commit_card(client, address, str(head), b"---\nlicense: mit\n---\nnew", {"mso_hub.json": b"{}"}, "Card")
     done = client.api.list_repo_commits(repo)[0]
     assert (url, done.title) == (f"{served.hub.endpoint}/{repo}/commit/{done.commit_id}", "Card")
-    assert {f: Path(client.api.hf_hub_download(repo, f)).read_bytes() for f in ("config.json", "README.md")} == {
+    assert {f: read_small(client, repo, f, "main") for f in ("config.json", "README.md")} == {
         "config.json": b"{}", "README.md": b"---\nlicense: mit\n---\nnew",
     }  # fmt: skip
-    with pytest.raises(HubError, match="somebody committed there since .*; nothing was written, run the same"):
+    with pytest.raises(HubError, match=r"somebody committed there since .*; nothing was written, run the same"):
         commit_card(client, address, str(head), b"# other", {}, "Card")
     with pytest.raises(HubError, match="does not take its metadata"):
         commit_card(client, address, done.commit_id, b"---\n- a\n---\n", {}, "Card")
