@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mso_hub.card import CARD, note_errors, write_card
+from mso_hub.card import CARD, note_errors, repo_of, write_card
 from mso_hub.engine import Piece, ThreadEngine, write_pieces
 from mso_hub.errors import CheckpointError, RecipeError
 from mso_hub.events import Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
 from mso_hub.formats.packed_int import shape_reader
+from mso_hub.hub import looks_like_repo
 from mso_hub.plan import Plan, Recipe, plan_checkpoint
 from mso_hub.sink import Entry, Sink, open_sink
 from mso_hub.source import Job, Range, Source, open_source, read_checkpoint
@@ -47,6 +48,8 @@ def convert(
     base_model    repo id for the card, where the source does not tell
     Raises MsoError (see errors.py); nothing is visible at the sink unless this returns.
     """
+    if base_model is not None and not looks_like_repo(repo_of(base_model)):
+        raise RecipeError(f"base_model: must be the id of a repo, org/name, got {base_model!r}")
     given = source
     source, sink = _opened(source, sink, on_event)
     engine = engine or ThreadEngine()

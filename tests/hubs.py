@@ -97,9 +97,7 @@ class World:
         """Journals of an unfinished output."""
         return sorted(self.home(machine).rglob(f"*{repo.replace('/', '--')}--*.journal"))
 
-    def run(
-        self, verb: str, *words: object, machine: str = "one", **more: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, verb: str, *words: object, machine: str = "one", **more: str) -> subprocess.CompletedProcess[str]:
         """A command, run to its end; `more` are variables of its environment. Nobody's secrets may appear."""
         done = subprocess.run(
             program(verb, *words), capture_output=True, text=True, timeout=TIMEOUT, check=False, cwd=self.home(machine),
@@ -118,7 +116,13 @@ class World:
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     def paused(
-        self, source: object, target: object, *words: object, machine: str = "one", event: str = "ShardDone", **more: str
+        self,
+        source: object,
+        target: object,
+        *words: object,
+        machine: str = "one",
+        event: str = "ShardDone",
+        **more: str,
     ) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """A quantization that was stopped at an event; see `running.paused`."""
         arguments = program("quantize", "--input_dir", source, "--output_dir", target, *words)
@@ -168,7 +172,7 @@ class World:
         return {name: sha256(data) for name, data in files.items() if name not in BOOKKEEPING}
 
     def state(self, repo: str) -> Any:
-        """All that a failed run must leave as it was: branches, pull requests and their commits; None without a repo."""
+        """What a failed run must leave as it was: branches, pull requests and their commits; None without a repo."""
         if not self.api.repo_exists(repo):
             return None
         refs = self.api.list_repo_refs(repo, include_pull_requests=True)
@@ -250,7 +254,9 @@ COMPANIONS = {
 }
 
 
-def llama(*, layers: int = 3, shards: int = 0, seed: int = 0, hidden: int = HIDDEN, more: bool = True) -> dict[str, bytes]:
+def llama(
+    *, layers: int = 3, shards: int = 0, seed: int = 0, hidden: int = HIDDEN, more: bool = True
+) -> dict[str, bytes]:
     """A dense Llama: `shards` of whole layers, or (0) layer 0 cut between gate and up, which share a scale.
 
     The last shard has nothing to quantize; `more` adds a tokenizer that is too large for git, a card and other texts.
@@ -320,7 +326,7 @@ def multimodal(seed: int = 0) -> dict[str, bytes]:
     text |= mlp_shapes("language_model.model.layers.0.mlp", HIDDEN, 2 * HIDDEN)
     text |= {"language_model.model.embed_tokens": (96, HIDDEN), "language_model.model.norm": (HIDDEN,)}
     text["language_model.lm_head"] = (96, HIDDEN)
-    vision = {f"vision_tower.layers.{at}.fc": (HIDDEN, 4 * HIDDEN) for at in range(4)}
+    vision: dict[str, tuple[int, ...]] = {f"vision_tower.layers.{at}.fc": (HIDDEN, 4 * HIDDEN) for at in range(4)}
     shapes = {"model-00001-of-00002.safetensors": vision, "model-00002-of-00002.safetensors": text}
     inner = base_config(HIDDEN, 1, 96, torch.bfloat16) | {"model_type": "llama", "intermediate_size": 2 * HIDDEN}
     config = {

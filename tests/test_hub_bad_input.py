@@ -41,7 +41,7 @@ def bob(lfs: World) -> str:
 
 def check(
     place: World, verb: str, *words: object, expect: tuple[str, ...], code: int = 2, seconds: float = TIMEOUT,
-    **more: str,
+    **more: Any,
 ) -> None:  # fmt: skip
     """Exit code, one message on a line of its own with these words, nothing that only a programmer understands."""
     started = time.monotonic()
@@ -73,7 +73,7 @@ class Source:
     make: Callable[[World], str]
     expect: tuple[str, ...]
     who: str = "dev"
-    more: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def private(place: World) -> str:
@@ -101,7 +101,7 @@ def lying_header(place: World) -> str:
     return "hf://" + place.put({"config.json": b"{}", "model.safetensors": struct.pack("<Q", 1 << 40) + bytes(100)})
 
 
-def header_of_another_shard(place: World) -> str:
+def shortened(place: World) -> str:
     """Offsets that end behind the file."""
     files = llama(seed=2)
     name = "model-00003-of-00004.safetensors"
@@ -128,13 +128,12 @@ SOURCES = {
     "disabled": Source(disabled, ("is disabled by the Hub",)),
     "no safetensors": Source(pickles, ("at least one .safetensors file", "convert .bin")),
     "a header longer than its file": Source(lying_header, ("model.safetensors", "1,099,511,627,776")),
-    "a shard that is cut short": Source(header_of_another_shard, ("model-00003-of-00004.safetensors", "fetch it again")),
+    "a shard that is cut short": Source(shortened, ("model-00003-of-00004.safetensors", "fetch it again")),
     "a missing shard": Source(missing_shard, ("model.safetensors.index.json", "model-00002-of-00004.safetensors")),
     "a dataset": Source(lambda _: "hf://datasets/dev/d", ("must be a model repo, this is a dataset",)),
     "a space": Source(lambda _: "hf://spaces/dev/d", ("must be a model repo, this is a space",)),
     "no organization": Source(lambda _: "hf://gpt2@", ("must be hf://org/name",)),
     "nothing behind hf://": Source(lambda _: "hf://", ("must be hf://org/name",)),
-    "two slashes": Source(lambda _: "hf:///dev/good", ("must be hf://org/name",)),
     "strange letters": Source(lambda _: "hf://dev/go od", ("must be hf://org/name",)),
     "a foreign website": Source(lambda _: "https://example.com/dev/good", ("must be hf://org/name",)),
     "offline": Source(
@@ -230,7 +229,7 @@ def test_somebodys_files(lfs: World, good: str, more: tuple[str, ...]) -> None:
     [
         ("hf://dev/t@v1", (), ("there is no such repo, so no v1 in it", "--branch")),
         ("hf://dev/good@v9", (), ("the repo has no branch v9", "--branch v9")),
-        ("hf://dev/good/folder", (), ("must be a whole repo", "folder")),
+        ("hf://dev/t/folder", (), ("must be a whole repo", "folder")),
         ("hf://datasets/dev/d", (), ("must be a model repo",)),
         ("hf://dev", (), ("must be hf://org/name",)),
         ("hf://dev/t", ("--create_pr",), ("a pull request needs a repo",)),

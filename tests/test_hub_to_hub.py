@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mso_hub.plan import Recipe
+from tests.helpers import write_files
 from tests.hubs import (
     COMPANIONS,
     World,
@@ -23,16 +24,16 @@ from tests.hubs import (
     packed,
     program,
     random_bytes,
+    require_no_secrets,
     spans,
     twice,
     world,
 )
 from tests.running import proceed, run, sha256
-from tests.helpers import write_files
 
 TRAINED = Path(__file__).parent / "models" / "tiny-qwen3-moe"
 FIRST_READ = 1 << 16
-MADE = {
+MADE: Mapping[str, tuple[Callable[..., dict[str, bytes]], Recipe]] = {
     "quantize": (llama, Recipe()),
     "decompress": (packed, Recipe(scheme="bf16", dtype="BF16")),
     "extract-text": (multimodal, Recipe(scheme="bf16", text_only=True)),
@@ -74,7 +75,9 @@ def test_the_output_is_that_of_a_conversion_from_folder_to_folder(place: World, 
     events = place.convert(f"hf://{source}@main", f"hf://{out}", verb=verb)
     assert place.output(out) == local_output(files, tmp_path, recipe)
     assert events[-1]["event"] == "Published"
-    assert len(place.api.list_repo_commits(out)) == 2
+    commits = place.api.list_repo_commits(out)
+    assert len(commits) == 2
+    require_no_secrets(str(commits))
     manifest = json.loads(place.content(out, "mso_hub.json"))
     assert (manifest["source"], manifest["commit"]) == (source, place.head(source))
     digests = {name: sha256(data) for name, data in place.files(out).items() if name != ".gitattributes"}
@@ -299,7 +302,11 @@ def test_a_proposal_to_somebody_else_is_made_once(place: World, tmp_path: Path) 
     token = place.hub.add_user("alice")
     files = llama(seed=15)
     source = place.put(files)
-    theirs = place.put({"README.md": b"# theirs\n", "model.safetensors": random_bytes(1000, 1)}, f"alice/r{place.name()[4:]}", token=token)
+    theirs = place.put(
+        {"README.md": b"# theirs\n", "model.safetensors": random_bytes(1000, 1)},
+        f"alice/r{place.name()[4:]}",
+        token=token,
+    )
     before = place.head(theirs)
     for more in ((), ("--fresh", "--layout", "modelopt")):
         place.convert(f"hf://{source}", f"hf://{theirs}", "--create_pr", *more)
