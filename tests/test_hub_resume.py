@@ -92,7 +92,7 @@ def test_killed_at_random_moments_the_bytes_are_those_of_an_uninterrupted_run(pl
         here = 0
         for _ in range(4):
             with running(place, example) as process:
-                time.sleep(chance.uniform(0.4, 1.3))
+                time.sleep(chance.uniform(0.4, 1.1))
                 process.kill()
                 _, messages = process.communicate()
             require_no_secrets(messages.decode())
@@ -218,7 +218,7 @@ def test_ctrl_c_ends_any_wait(lfs: World, tmp_path: Path, case: str) -> None:
         with running(lfs, example) as process:
             method = match.split(maxsplit=1)[0]
             until(lambda: any(r.method == method and (r.origin == "storage" or r.status == 429) for r in lfs.hub.log()))
-            time.sleep(0.7)
+            time.sleep(0.3)
             pressed = time.monotonic()
             process.send_signal(signal.SIGINT)
             _, messages = process.communicate(timeout=TIMEOUT)

@@ -67,7 +67,7 @@ def default_patience() -> Patience:
         total = -1.0
     if not 0 <= total < float("inf"):
         raise RecipeError(f"{PATIENCE_VARIABLE}: needs a number of seconds, got {text!r}; for example 600")
-    return Patience(total=total, silence=min(SILENCE, max(1.0, total)))
+    return Patience(total=total, silence=min(SILENCE, max(1.0, total / 4)))
 
 
 def find_token() -> str | None:
@@ -161,7 +161,7 @@ class Client:
 
         wait  sleeps; may raise to end the attempts
         """
-        started, tries = time.monotonic(), 0
+        started, tries = 0.0, 0
         while True:
             try:
                 return call()
@@ -169,6 +169,8 @@ class Client:
                 raise
             except client_errors() as error:
                 failure = error
+                # From the first failure on: an upload that breaks after half an hour has not waited yet.
+                started = started or time.monotonic()
             # Outside of the handler: a new error must not drag the old one along, whose request holds the token.
             if not may_pass(failure):
                 raise self.explain(failure, what)
@@ -181,7 +183,7 @@ class Client:
         """Sleep before another try, as long as the server asks for; TransientError when the patience ends before that.
 
         tries    repetitions so far
-        started  time.monotonic() of the first try
+        started  time.monotonic() of the first failure
         """
         reason, asked = self.clean(reason_of(why)), asked_wait(why)
         seconds = self.patience.wait(tries) if asked is None else asked
