@@ -330,7 +330,7 @@ def test_a_server_that_accepts_and_says_nothing(lfs: World) -> None:
         silent.listen()
         check(
             lfs, "inspect", "hf://dev/good", expect=("no answer (ReadTimeout", "gave up after"), code=3, seconds=15,
-            HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}", MSO_HUB_RETRY_SECONDS="1",
+            HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}", MSO_HUB_RETRY_SECONDS="0",
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 from mso_hub.errors import HubError
 from tests.hubs import World, convert_here, llama, local_output, world
 
-STORMS = 4
+STORMS = 3
 ANYWHERE = (
     "GET /api/models/.*/revision", "GET /api/models/.*/tree", "auth-check", "whoami", "GET /api/models/dev/[^/]*$",
     "POST /api/repos/create", "HEAD .*/resolve/", "GET .*/resolve/", "preupload", "POST .*/commit/", "paths-info",

@@ -139,16 +139,16 @@ def test_a_branch_that_moves_during_the_run_is_not_followed(place: World, tmp_pa
     assert json.loads(place.content(out, "mso_hub.json"))["commit"] == before
 
 
-def test_a_finished_run_repeated_changes_and_sends_nothing(place: World) -> None:
+def test_a_finished_run_repeated_changes_and_sends_nothing(lfs: World) -> None:
     """Not even a commit."""
-    source, out = place.put(llama(seed=5)), place.name()
-    place.convert(f"hf://{source}", f"hf://{out}")
-    before = place.state(out)
-    place.log()
-    events = place.convert(f"hf://{source}", f"hf://{out}")
+    source, out = lfs.put(llama(seed=5)), lfs.name()
+    lfs.convert(f"hf://{source}", f"hf://{out}")
+    before = lfs.state(out)
+    lfs.log()
+    events = lfs.convert(f"hf://{source}", f"hf://{out}")
     assert [event["event"] for event in events] == ["PlanReady", *["ShardResumed"] * 4, "Published"]
-    assert moved(place.log(), "PUT", out) == {}
-    assert place.state(out) == before
+    assert moved(lfs.log(), "PUT", out) == {}
+    assert lfs.state(out) == before
 
 
 # --- what travels -------------------------------------------------------------------------------------
@@ -289,14 +289,14 @@ def test_verify_finds_a_changed_output(lfs: World, tmp_path: Path) -> None:
 # --- where it goes ------------------------------------------------------------------------------------
 
 
-def test_a_private_repo_and_a_branch(place: World, tmp_path: Path) -> None:
+def test_a_private_repo_and_a_branch(xet: World, tmp_path: Path) -> None:
     """Both are made where they are missing; the default branch of a new repo stays empty."""
     files = llama(seed=14)
-    source, out = place.put(files, private=True), place.name()
-    place.convert(f"hf://{source}", f"hf://{out}", "--private", "--branch", "nvfp4")
-    assert place.api.model_info(out).private
-    assert set(place.files(out)) == {".gitattributes"}
-    assert place.output(out, "nvfp4") == local_output(files, tmp_path)
+    source, out = xet.put(files, private=True), xet.name()
+    xet.convert(f"hf://{source}", f"hf://{out}", "--private", "--branch", "nvfp4")
+    assert xet.api.model_info(out).private
+    assert set(xet.files(out)) == {".gitattributes"}
+    assert xet.output(out, "nvfp4") == local_output(files, tmp_path)
 
 
 def test_a_proposal_to_somebody_else_is_made_once(place: World, tmp_path: Path) -> None:
