@@ -92,7 +92,8 @@ def test_killed_at_random_moments_the_bytes_are_those_of_an_uninterrupted_run(pl
         here = 0
         for _ in range(4):
             with running(place, example) as process:
-                time.sleep(chance.uniform(0.4, 1.1))
+                await_shards(place, example, process, chance.randrange(3))
+                time.sleep(chance.uniform(0, 0.15))
                 process.kill()
                 _, messages = process.communicate()
             require_no_secrets(messages.decode())
@@ -109,6 +110,17 @@ def test_killed_at_random_moments_the_bytes_are_those_of_an_uninterrupted_run(pl
         require_only_the_shard_in_hand_was_sent_again(place, example, here)
     assert kills >= KILLS[mode]
     assert kept >= KILLS[mode]
+
+
+def await_shards(place: World, example: Example, process: subprocess.Popen[bytes], more: int) -> None:
+    """Until the journal names some more files than now, or the run has ended: a loaded machine must not matter."""
+
+    def entries() -> int:
+        """Lines of the journal."""
+        return sum(path.read_bytes().count(b'"file"') for path in place.journals(example.repo))
+
+    before = entries()
+    until(lambda: process.poll() is not None or entries() >= before + more, 60)
 
 
 def require_only_the_shard_in_hand_was_sent_again(place: World, example: Example, kills: int) -> None:
