@@ -32,13 +32,14 @@ if TYPE_CHECKING:
     from mso_hub.legacy import StreamingQuantizer, decompress_model_incremental
     from mso_hub.pipeline import convert, make_plan
     from mso_hub.plan import Plan, Recipe
-    from mso_hub.sink import open_sink
+    from mso_hub.sink import HubTarget, open_sink
     from mso_hub.source import open_source
     from mso_hub.verify import Report, compare_checkpoints, verify_checkpoint
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "HubTarget": "sink",
     "MsoError": "errors",
     "Plan": "plan",
     "Recipe": "plan",
@@ -54,6 +55,7 @@ _HOME = {
 }
 
 __all__ = [
+    "HubTarget",
     "MsoError",
     "Plan",
     "Recipe",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,9 +15,12 @@ from urllib.parse import quote
 
 from mso_hub.engine import SAMPLE, Piece
 from mso_hub.formats import DENSE
-from mso_hub.hub import is_address, looks_like_repo, parse_address
+from mso_hub.hub import Address, is_address, looks_like_repo, parse_address
 from mso_hub.hub.model_card import (
+    CARRIED,
     HEAD,
+    SENSES,
+    STORAGE_TAG,
     Value,
     code,
     default_endpoint,
@@ -30,26 +32,23 @@ from mso_hub.hub.model_card import (
     visible,
 )
 from mso_hub.plan import Plan, Recipe
-from mso_hub.plan.summary import DTYPES, Kept, Stored, by_reason, changes, kind_of, main_dtype, size
+from mso_hub.plan.summary import (
+    DTYPES,
+    Kept,
+    Stored,
+    by_reason,
+    changes,
+    command,
+    imported,
+    kind_of,
+    main_dtype,
+    packed_as,
+    percent,
+    size,
+)
 from mso_hub.source import Source
 
 CARD = "README.md"
-CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
-"""Metadata that is as true of the output as of the source."""
-STORAGE_TAG = re.compile(
-    r"(nv|mx)?fp\d+(-\w+)?|b?f(loat)?(16|32)|u?int\d+|[wa]\d+(a\d+)?(kv\d+)?|\d+[- ]?bits?|i?q\d(_\w+)*|"
-    r"(auto-?)?(awq|gptq)(-\w+)?|gguf|exl[23]|bnb|bitsandbytes|hqq|aqlm|quip.*|eetq|auto-?round|quark|mlx|mso_hub|"
-    r"imatrix|llama-?cpp|llm-?compressor|compressed-tensors|model-?opt|model[- ]?optimizer|quant(ized|ization)?|"
-    r"(gguf|mlx)-my-repo|base_model:.*",
-    re.IGNORECASE,
-)
-"""Tags, and names of libraries, that speak of how numbers are stored: the source's are not the output's."""
-SENSES = frozenset({
-    "any-to-any", "image-text-to-text", "image-to-text", "video-text-to-text", "audio-text-to-text",
-    "visual-question-answering", "document-question-answering", "automatic-speech-recognition", "multimodal",
-    "vision", "vision-language", "vision-language-model", "vlm", "image", "video", "audio", "speech", "omni", "ocr",
-})  # fmt: skip
-"""Tags and tasks that a language model without its vision and audio parts no longer has."""
 QUALITIES = ("count", "sum", "worst")
 SHOWN = 8
 """Reasons why modules stay, and kinds of modules for each of them, that a card spells out."""
@@ -75,8 +74,10 @@ class Facts:
     target       as `vllm serve` takes it: `org/name`, `./folder`; `revision` where it is not on the default branch
     stored       how weights are stored, most bytes first
     base         repo id for `base_model`, None when it is not known
-    source       repo that was read and `commit` of it, on the Hub at `endpoint`; None for a folder
-    before       bytes of all weights in the source, None when it is not known
+    source       repo that was read, `commit` and `folder` of it, on the Hub at `endpoint`; None for a folder on disk
+    before       bytes of all weights in the source, None when it is not known; `after` counts shards, index and configs
+    packed       schemes of the source's packed weights that have another form now, "" where there are none
+    recipe       how it was made, None when it is not known; `imported` names what of it no command line tells
     measured     how the errors were found
     activation   where activation scales come from, "" where there are none
     made         this tool made the checkpoint; otherwise only the card is its work
@@ -104,6 +105,10 @@ class Facts:
     exact: bool = False
     own: bool = False
     files: Container[str] = field(default_factory=tuple)
+    packed: str = ""
+    recipe: Recipe | None = None
+    imported: Sequence[str] = ()
+    folder: str = ""
 
     @property
     def quantized(self) -> bool:
@@ -182,7 +187,7 @@ def write_card(plan: Plan, source: Source, sink: Target, base_model: str | None 
         rows=_rows(plan, noted_errors(sink.notes)),
         kept=by_reason(plan.kept) if recipe.scheme != DENSE else (),
         before=plan.read_bytes,
-        after=sum(info.nbytes for shard in plan.shards for info in shard.tensors),
+        after=plan.write_bytes,
         base=repo_of(base_model) if base_model else origin.repo_id if origin else None,
         source=origin.repo_id if origin else None,
         commit=origin.commit if origin else None,
@@ -193,6 +198,10 @@ def write_card(plan: Plan, source: Source, sink: Target, base_model: str | None 
         text_only=recipe.text_only,
         exact=True,
         files={*plan.carried, *plan.files},
+        packed=packed_as(step.weight for shard in plan.shards for step in shard.steps),
+        recipe=recipe,
+        imported=imported(scales=bool(recipe.input_scales), ignore=bool(recipe.imported_ignore)),
+        folder=parse_address(source.name).folder if is_address(source.name) else "",
     )
     return render(facts, read_card(source)).encode()
 
@@ -311,7 +320,9 @@ def _intro(facts: Facts, link: str | None) -> str:
     if not facts.text_only:
         what = f"{link} with its weights" if link else "A checkpoint with its weights"
     more = f" The card of {link} says what the model is for and how to use it." if link else ""
-    return f"{what} stored as {facts.label}. The weights were not trained any further.{more}"
+    lost = f" The source was quantized ({facts.packed}): what that lost is not restored here." if facts.packed else ""
+    trained = " The weights were not trained any further." if facts.made else ""
+    return f"{what} stored as {facts.label}.{trained}{lost}{more}"
 
 
 def _summary(facts: Facts) -> list[tuple[str, str]]:
@@ -326,10 +337,23 @@ def _summary(facts: Facts) -> list[tuple[str, str]]:
         ("Scheme", ", ".join(dict.fromkeys(f"{s.scheme.upper()}, {s.short}" for s in packed)) or facts.label),
         ("Layout", ", ".join(dict.fromkeys(stored.layout for stored in packed))),
         ("Activation scale", facts.activation),
-        ("Weights", sizes or size(facts.after)),
+        ("Size", sizes or size(facts.after)),
+        ("Command", _command(facts)),
         ("Made with" if facts.made else "Card written with", by),
     ]
     return [row for row in rows if row[1]]
+
+
+def _command(facts: Facts) -> str:
+    """What makes it again, and what of the recipe that line cannot tell."""
+    if facts.recipe is None:
+        return ""
+    source = str(Address(facts.source, facts.commit, facts.folder)) if facts.source else ""
+    target = facts.target if facts.target.startswith("./") else str(Address(facts.target, facts.revision))
+    line = command(facts.recipe, shlex.quote(source) if source else "FOLDER", shlex.quote(target))
+    python = [f"dtype {facts.recipe.dtype}"] if facts.recipe.scheme != DENSE and facts.recipe.dtype != "BF16" else []
+    unsaid = " and ".join([*facts.imported, *python])
+    return code(line) + (f" (with {unsaid})" if unsaid else "")
 
 
 def _changes(facts: Facts) -> Iterator[str]:
@@ -340,8 +364,8 @@ def _changes(facts: Facts) -> Iterator[str]:
         "count": [f"{row.count:,}" for row in facts.rows],
         "before": [size(row.before) if row.before else "" for row in facts.rows],
         "after": [size(row.after) for row in facts.rows],
-        "mean error": [_percent(row.mean) for row in facts.rows],
-        "worst error": [_percent(row.worst) for row in facts.rows],
+        "mean error": [percent(row.mean) for row in facts.rows],
+        "worst error": [percent(row.worst) for row in facts.rows],
     }
     known = {head: cells for head, cells in columns.items() if any(cells)}
     if facts.rows:
@@ -369,10 +393,6 @@ def _kept(facts: Facts) -> Iterator[str]:
 def _some(kinds: Sequence[str]) -> str:
     more = f" and {len(kinds) - SHOWN // 2:,} more" if len(kinds) > SHOWN // 2 else ""
     return ", ".join(map(code, kinds[: SHOWN // 2])) + more
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.4f} %"
 
 
 def _link(facts: Facts, repo: str) -> str:

@@ -70,7 +70,7 @@ def _convert(client: Client, before: str, after: str, recipe: Recipe, words: str
     on_hub = is_address(after)
     sink = open_sink(after, fresh=on_hub or Path(after).exists(), client=client)
     with closing(open_source(before, client=client)) as source:
-        convert(source, sink, recipe, card=on_hub, on_event=listener("bar"))
+        convert(source, sink, recipe, on_event=listener("bar"))
     show(f"\nwritten to {sink.where}\n\n$ mso-hub verify {after} --source {before}\n")
     with closing(open_source(after, client=client)) as mine, closing(open_source(before, client=client)) as theirs:
         show(_checked(verify_checkpoint(mine, source=theirs)) + "\n")

@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from mso_hub.engine import Piece, ThreadEngine, write_pieces
 from mso_hub.errors import CheckpointError, RecipeError
 from mso_hub.events import Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
 from mso_hub.formats.packed_int import shape_reader
-from mso_hub.hub import looks_like_repo
+from mso_hub.hub import is_address, looks_like_repo
 from mso_hub.plan import Plan, Recipe, plan_checkpoint
 from mso_hub.sink import Entry, Sink, open_sink
 from mso_hub.source import Job, Range, Source, open_source, read_checkpoint
@@ -35,7 +37,7 @@ def convert(
     recipe: Recipe,
     *,
     engine: ThreadEngine | None = None,
-    card: bool = False,
+    card: bool | None = None,
     base_model: str | None = None,
     on_event: Listener = ignore,
 ) -> Plan:
@@ -44,7 +46,7 @@ def convert(
     source, sink  folders, `hf://org/name@revision`, or objects that speak the protocols; a source object is left open
                   where this returns
     engine        threads and memory; by default all processors and 448 MiB of weights in flight
-    card          write a model card in place of the source's README.md
+    card          write a model card in place of the source's README.md; None: where the output is a repo on the Hub
     base_model    repo id for the card, where the source does not tell
     Raises MsoError (see errors.py); nothing is visible at the sink unless this returns.
     """
@@ -53,10 +55,12 @@ def convert(
     given = source
     source, sink = _opened(source, sink, on_event)
     engine = engine or ThreadEngine()
+    card = is_address(sink.name) if card is None else card
     try:
         stamps = {name: source.stamp(name) for name in source.files()}
         plan = make_plan(source, recipe)
         sizes = {n: size for n, size in plan.sizes(source.files()).items() if not (card and n == CARD)}
+        sink.guard(source.origin)
         sink.begin(plan.job, sizes)
         progress = _Progress(plan, sink, on_event)
         work = _Work(plan, source, sink, sizes)
@@ -65,8 +69,9 @@ def convert(
         source.expect(work.jobs(engine))
         abort = partial(_abort, source, sink)
         pieces = engine.run(
-            plan, work.shards, source.read, _Notes(sink), once=source.distant, measure=card, abort=abort
-        )
+            plan, work.shards, source.read, _Notes(sink), apart=source.read_apart, once=source.distant, measure=card,
+            abort=abort,
+        )  # fmt: skip
         for piece in write_pieces(note_errors(pieces, sink.note), sink, source.settle, abort):
             progress.piece(piece)
         for name in work.files:
@@ -207,10 +212,11 @@ def _digests(files: Mapping[str, bytes]) -> dict[str, Entry]:
 
 
 def _manifest(plan: Plan, source: Source, entries: Mapping[str, Entry]) -> bytes:
-    """mso_hub.json: which job made the output, from which commit, and the SHA-256 of each file."""
+    """mso_hub.json: which job made the output, from which commit, how, and the SHA-256 of each file."""
     files = {n: {"nbytes": e.nbytes, "sha256": e.sha256} for n, e in sorted(entries.items())}
-    recipe = plan.recipe
-    content: dict[str, Any] = {"job": plan.job, "scheme": recipe.scheme, "layout": recipe.layout}
+    settings = {k: v for k, v in asdict(plan.recipe).items() if k != "input_scales"}
+    settings["imported_ignore"] = len(plan.recipe.imported_ignore)
+    content: dict[str, Any] = {"job": plan.job, "version": version("mso-hub"), "recipe": settings}
     if source.origin is not None:
         content |= {"source": source.origin.repo_id, "commit": source.origin.commit}
     return (json.dumps({**content, "files": files}, indent=2) + "\n").encode()

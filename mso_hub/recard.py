@@ -5,32 +5,42 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mso_hub.card import CARD, Facts, Row, constant_scale, read_card, render, repo_of, target_of
 from mso_hub.checkpoint import TensorInfo
-from mso_hub.errors import RecipeError, SinkError, VerifyError
+from mso_hub.errors import HubError, MsoError, RecipeError, SinkError, TransientError, VerifyError
 from mso_hub.events import Listener, ignore
+from mso_hub.formats import DENSE, FORMATS
 from mso_hub.formats.detect import quantization_configs
-from mso_hub.formats.nvfp4 import Nvfp4Decoder
-from mso_hub.formats.packed_int import PackedInt
+from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
 from mso_hub.formats.scales import read_input_scales
-from mso_hub.formats.weight import Weight
-from mso_hub.hub import Client, is_address, looks_like_repo, parse_address
+from mso_hub.hub import Address, Client, is_address, looks_like_repo, parse_address
 from mso_hub.hub.model_card import commit_card, parse_metadata, require_writable
-from mso_hub.plan.recipe import default_reason
+from mso_hub.plan.recipe import Recipe, default_reason
 from mso_hub.plan.select import is_linear
-from mso_hub.plan.summary import Kept, Stored, by_reason, kind_of, main_dtype
+from mso_hub.plan.summary import Kept, Stored, by_reason, form_of, imported, kind_of, main_dtype, packed_as
 from mso_hub.source import Source, open_source
-from mso_hub.verify import MANIFEST, Opened, Report, like, opening, verify_checkpoint
+from mso_hub.verify import (
+    MANIFEST,
+    Opened,
+    Report,
+    has_foreign_card,
+    like,
+    made_from,
+    opening,
+    read_manifest,
+    verify_checkpoint,
+)
+from mso_hub.verify.manifest import COMMIT
 
 TITLE = "Model card, written with mso_hub"
-COMMIT = re.compile(r"[0-9a-f]{40}")
+IMPORTED = ("imported_", "input_scales")
+"""Names of a recipe's fields that hold what came from other checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,7 @@ class NewCard:
     manifest  mso_hub.json with its digest, None where the checkpoint has none
     commit    of the repo that was verified, None for a folder
     changed   the checkpoint holds another card, or none
+    foreign   the card that it holds is not this tool's work, or was edited since
     """
 
     where: str
@@ -48,6 +59,7 @@ class NewCard:
     manifest: bytes | None
     commit: str | None
     changed: bool
+    foreign: bool = False
 
 
 def make_card(
@@ -59,37 +71,61 @@ def make_card(
 ) -> NewCard:
     """README.md of a finished checkpoint; nothing is written.
 
-    source      where it came from: adds sizes before, the error of every weight, licence and tags
+    source      where it came from: adds sizes before, the error of every weight, licence and tags; by default the
+                repo and commit of mso_hub.json, where these are known
     base_model  repo id, where neither the source nor mso_hub.json tells
-    Raises VerifyError when verify finds a problem (a card must not recommend a broken checkpoint; another README.md
-    than the one of mso_hub.json is none, it is to be replaced), RecipeError for a base model that is no repo id,
-    CheckpointError and HubError when the checkpoint or the source cannot be read.
+    Raises VerifyError when verify finds a problem (a card must not recommend a broken checkpoint), RecipeError for a
+    base model that is no repo id, CheckpointError and HubError when the checkpoint or the source cannot be read.
     """
     base = repo_of(base_model) if base_model else None
     if base is not None and not looks_like_repo(base):
         raise RecipeError(f"base_model: must be the id of a repo on the Hub, like org/name; got {base_model!r}")
     with ExitStack() as stack:
         ours = stack.enter_context(closing(open_source(where, on_event=on_event)))
-        other = stack.enter_context(closing(open_source(source, on_event=on_event))) if source is not None else None
+        found = _source(ours, source, on_event)
+        other = stack.enter_context(closing(found)) if found is not None else None
         report = verify_checkpoint(ours, source=other, on_event=on_event)
-        _require_good(report)
+        _require_good(report, _guessed(other) if source is None else "")
         mine = stack.enter_context(opening(ours))
         theirs = like(stack.enter_context(opening(other)), mine) if other is not None else None
-        manifest = _manifest(ours)
+        manifest = read_manifest(ours)
         content = _card(mine, theirs, report, manifest, base).encode()
         updated = _updated(manifest, content)
         commit = ours.origin.commit if ours.origin else None
         changed = not _holds(ours, {CARD: content, MANIFEST: updated})
-        return NewCard(str(where), content, updated, commit, changed)
+        return NewCard(str(where), content, updated, commit, changed, changed and has_foreign_card(ours))
 
 
-def _require_good(report: Report) -> None:
-    problems = [problem for problem in report.problems if not problem.startswith(f"{CARD}: ")]
+def _source(ours: Source, given: str | Path | None, on_event: Listener) -> Source | None:
+    """The one that was given, else the one that mso_hub.json names, else none."""
+    if given is not None:
+        return open_source(given, on_event=on_event)
+    made = made_from(ours)
+    if made is None:
+        return None
+    address = str(Address(*made))
+    try:
+        return open_source(address, on_event=on_event)
+    except HubError as error:
+        kind = TransientError if isinstance(error, TransientError) else HubError
+        raise kind(
+            f"{address}: {MANIFEST} says that {ours.name} was made from it, but it cannot be read ({error}); "
+            "give a copy of it with --source WHERE"
+        ) from error
+
+
+def _guessed(source: Source | None) -> str:
+    """What to add to a message about problems with a source that nobody gave."""
+    return f"; it was compared with {source.name}, give another one with --source WHERE" if source else ""
+
+
+def _require_good(report: Report, compared: str) -> None:
+    problems = report.problems
     if problems:
         counted = "1 problem" if len(problems) == 1 else f"{len(problems)} problems, the first"
         raise VerifyError(
             f"{report.where}: must be without problems to get a card, found {counted}: {problems[0]}; "
-            "`mso-hub verify` lists all there are"
+            f"`mso-hub verify` lists all there are{compared}"
         )
 
 
@@ -113,7 +149,7 @@ def _card(mine: Opened, theirs: Opened | None, report: Report, manifest: Mapping
         rows=_rows(mine, theirs, report, inputs),
         kept=_kept(mine) if any(s.layout for s in stored) else (),
         before=sum(weight.nbytes for weight in theirs.weights.values()) if theirs else None,
-        after=sum(info.nbytes for info in _tensors(mine)),
+        after=_size(mine),
         base=base or repo,
         source=repo,
         commit=commit,
@@ -126,8 +162,50 @@ def _card(mine: Opened, theirs: Opened | None, report: Report, manifest: Mapping
         exact=theirs is not None,
         own=own,
         files=mine.source.files(),
+        packed=_unpacked(mine, theirs, _recipe(manifest)),
+        recipe=_recipe(manifest),
+        imported=_imported(manifest, inputs),
     )
     return render(facts, original)
+
+
+def _size(mine: Opened) -> int:
+    """As a plan counts it: shards, indices and configs."""
+    names = {"config.json", QUANT_CONFIG_FILE, *(group.index for group in mine.checkpoint.groups)}
+    files = mine.source.files()
+    return sum(shard.nbytes for shard in mine.checkpoint.shards.values()) + sum(files.get(n, 0) for n in names if n)
+
+
+def _unpacked(mine: Opened, theirs: Opened | None, recipe: Recipe | None) -> str:
+    """Schemes of the source's packed weights that have another form now; without it, what the recipe tells."""
+    if theirs is None:  # decompress refuses a source without packed weights
+        return "packed weights" if recipe and recipe.scheme == DENSE and not recipe.text_only else ""
+    pairs = ((weight, mine.weights.get(name)) for name, weight in theirs.weights.items())
+    return packed_as(old for old, new in pairs if new is not None and form_of(old) != form_of(new))
+
+
+def _recipe(manifest: Mapping[str, Any]) -> Recipe | None:
+    """As mso_hub.json has it, without what was imported; None where it has none that can be read."""
+    said = manifest.get("recipe")
+    if not isinstance(said, dict):
+        return None
+    known = {f.name: said[f.name] for f in fields(Recipe) if f.name in said and not f.name.startswith(IMPORTED)}
+    lists = {name: value for name, value in known.items() if name in ("targets", "ignore")}
+    if known.get("scheme") not in (*FORMATS, DENSE):
+        return None
+    if not all(isinstance(value, list) and all(isinstance(v, str) for v in value) for value in lists.values()):
+        return None
+    try:
+        return Recipe(**known | {name: tuple(value) for name, value in lists.items()})
+    except (MsoError, TypeError):  # of another version: the card does without the line
+        return None
+
+
+def _imported(manifest: Mapping[str, Any], inputs: Sequence[TensorInfo]) -> list[str]:
+    said = manifest.get("recipe")
+    said = said if isinstance(said, dict) else {}
+    scales = bool(inputs) and said.get("input_scale") is None and said.get("scheme") == "nvfp4"
+    return imported(scales=scales, ignore=bool(said.get("imported_ignore")))
 
 
 def _architectures(opened: Opened) -> object:
@@ -157,22 +235,13 @@ def _stored(mine: Opened, *, four: bool) -> tuple[Stored, ...]:
     sizes: dict[Stored, int] = {}
     for weight in mine.weights.values():
         if weight.decoder is not None:
-            stored = replace(_form(weight), activation_bits=bits)
+            stored = replace(form_of(weight), activation_bits=bits)
             if stored.scheme == "nvfp4":
                 stored = replace(stored, activation_bits=4 if four else 16)
             sizes[stored] = sizes.get(stored, 0) + weight.nbytes
     if not sizes:
         return (Stored(main_dtype([(info.dtype, info.nbytes) for info in _tensors(mine)])),)
     return tuple(sorted(sizes, key=lambda stored: -sizes[stored]))
-
-
-def _form(weight: Weight) -> Stored:
-    """How one weight is stored, whatever its activations."""
-    if isinstance(weight.decoder, Nvfp4Decoder):
-        return Stored("nvfp4", 4, layout=weight.decoder.layout)
-    if isinstance(weight.decoder, PackedInt):
-        return Stored(f"int{weight.decoder.bits}", weight.decoder.bits, layout="compressed-tensors")
-    return Stored(weight.dtype)
 
 
 def _activation_bits(config: Mapping[str, Any]) -> int:
@@ -207,7 +276,7 @@ def _rows(mine: Opened, theirs: Opened | None, report: Report, inputs: Sequence[
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, weight in mine.weights.items():
         if weight.decoder is not None or weight.name in errors:
-            kinds.setdefault((kind_of(weight.module), _form(weight).scheme), []).append(name)
+            kinds.setdefault((kind_of(weight.module), form_of(weight).scheme), []).append(name)
     rows = []
     for key, names in sorted(kinds.items()):
         members = [mine.weights[name] for name in names]
@@ -229,15 +298,6 @@ def _kept(mine: Opened) -> list[Kept]:
     return by_reason(reasons)
 
 
-def _manifest(source: Source) -> dict[str, Any]:
-    """mso_hub.json, {} without one; verify has found it good."""
-    files = source.files()
-    if MANIFEST not in files:
-        return {}
-    content: dict[str, Any] = json.loads(source.read(MANIFEST, 0, files[MANIFEST]).tobytes())
-    return content
-
-
 def _updated(manifest: Mapping[str, Any], content: bytes) -> bytes | None:
     """mso_hub.json with the digest of a new README.md; all else stays as it is."""
     if not manifest:
@@ -256,24 +316,39 @@ def _holds(source: Source, wanted: Mapping[str, bytes | None]) -> bool:
     )
 
 
-def require_place(where: str | Path) -> None:
+def require_place(where: str | Path, *, fresh: bool = False) -> None:
     """Whether a card may be written there, before the long look at the weights.
 
-    Raises SinkError for a folder that is not there or not writable, RecipeError and HubError for a repo that this
-    account may not commit to, for a tag, a commit, or a folder inside a repo.
+    fresh  a README.md that this tool did not write, or that was edited since, may be replaced
+    Raises SinkError for a folder that is not there or not writable and for such a README.md, RecipeError and HubError
+    for a repo that this account may not commit to, for a tag, a commit, or a folder inside a repo.
     """
     if is_address(str(where)):
         require_writable(Client(), parse_address(str(where)))
     elif Path(where).is_dir() and not os.access(where, os.W_OK):
         raise SinkError(f"{where}: the card belongs into this folder, which cannot be written; give --output FILE")
+    if not fresh:
+        with closing(open_source(where)) as source:
+            _require_own(str(where), foreign=has_foreign_card(source))
 
 
-def publish_card(card: NewCard) -> str:
+def _require_own(where: str, *, foreign: bool) -> None:
+    if foreign:
+        raise SinkError(
+            f"{where}: has a {CARD} that mso_hub did not write (or that was edited since); print the card with "
+            "--output -, or replace it with --fresh"
+        )
+
+
+def publish_card(card: NewCard, *, fresh: bool = False) -> str:
     """Put a card into its folder, or commit it on top of the commit that was verified -> where it is to be seen.
 
     README.md and its digest in mso_hub.json change, nothing else does; a card that is there already is left alone.
-    Raises SinkError for a folder that cannot be written, HubError when somebody committed to the repo meanwhile.
+    fresh  replace a README.md that this tool did not write, or that was edited since
+    Raises SinkError for such a README.md and for a folder that cannot be written, HubError when somebody committed to
+    the repo meanwhile.
     """
+    _require_own(card.where, foreign=card.foreign and not fresh)
     others = {} if card.manifest is None else {MANIFEST: card.manifest}
     if card.commit is not None:
         client, address = Client(), parse_address(card.where)
@@ -286,12 +361,15 @@ def publish_card(card: NewCard) -> str:
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Each file appears whole; README.md first, because a next run corrects its digest."""
-    for name, data in files.items():
-        partial = folder / f".{name}.mso-partial"
-        try:
-            partial.write_bytes(data)
+    """Each file appears whole, and none before all of them are on the disk."""
+    partials = {name: folder / f".{name}.mso-partial" for name in files}
+    name = ""
+    try:
+        for name, data in files.items():
+            partials[name].write_bytes(data)
+        for name, partial in partials.items():
             partial.replace(folder / name)
-        except OSError as error:
+    except OSError as error:
+        for partial in partials.values():
             partial.unlink(missing_ok=True)
-            raise SinkError(f"{folder / name}: cannot be written: {error.strerror}; run the same command") from error
+        raise SinkError(f"{folder / name}: cannot be written: {error.strerror}; run the same command") from error

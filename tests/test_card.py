@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -12,15 +13,17 @@ from urllib.parse import quote
 
 import pytest
 import torch
+from click.testing import CliRunner
 from huggingface_hub import constants
 
 from mso_hub import Recipe, convert, open_sink, verify_checkpoint
 from mso_hub.card import CARD, constant_scale, note_errors, noted_errors, repo_of, target_of
+from mso_hub.cli import main
 from mso_hub.engine import ThreadEngine
 from mso_hub.events import Event, ShardDone
 from mso_hub.hub.lookup import read_small
 from mso_hub.pipeline import make_plan
-from mso_hub.plan.summary import Stored, by_reason, main_dtype
+from mso_hub.plan.summary import Stored, by_reason, command, main_dtype, size
 from mso_hub.sink import HubTarget, LocalSink, MemorySink
 from mso_hub.source import MemorySource, open_source
 from tests.helpers import checkpoint_files, random_tensor, tiny_llama, tiny_moe, write_checkpoint
@@ -116,13 +119,73 @@ def test_what_a_card_of_a_repo_says(served: Served, source: Path) -> None:
     assert said["Source"] == f"[{repo}]({served.hub.endpoint}/{repo}) at commit `{commit}`"
     assert (said["Scheme"], said["Layout"]) == ("NVFP4, W4A16", "compressed-tensors")
     assert re.fullmatch(r"mso_hub \d+\.\d+\.\d+", said["Made with"])
-    assert re.fullmatch(r"[\d.]+ KB -> [\d.]+ KB \(\d+%\)", said["Weights"])
+    assert re.fullmatch(r"[\d.]+ KB -> [\d.]+ KB \(\d+%\)", said["Size"])
     assert "Activation scale" not in said
     assert serve_line(content) == "vllm serve org/out"
     assert "measured while converting, on the first rows of every weight (up to 262,144 numbers)" in content
     assert "Text of the source" not in content
     assert "temperature" not in content
     assert str(source) not in content
+
+
+COMMANDS: dict[str, tuple[Recipe, str]] = {
+    "default": (Recipe(), "quantize"),
+    "all": (
+        Recipe(mode="all-linear", layout="modelopt", scale_search="mse", input_scale=0.5),
+        "quantize --layout modelopt --all_linear --input_scale 0.5 --scale_search mse",
+    ),
+    "patterns": (
+        Recipe(targets=("re:.*(up|down)_proj", "*.k_proj"), ignore=("lm_head", "it's"), default_ignore=False),
+        (
+            "quantize --targets 're:.*(up|down)_proj' --targets '*.k_proj' --ignore lm_head "
+            "--ignore 'it'\"'\"'s' --no_default_ignore"
+        ),
+    ),
+    "text": (Recipe(text_only=True), "quantize --text_only"),
+    "decompress": (Recipe(scheme="bf16"), "decompress"),
+    "half": (Recipe(scheme="bf16", dtype="F16", text_only=True), "decompress --dtype fp16 --text_only"),
+    "extract": (Recipe(scheme="bf16", text_only=True), "extract-text"),
+}
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_the_command_line_of_a_recipe(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is the default is left out, and the program reads the line back as the same recipe."""
+    recipe, words = COMMANDS[kind]
+    line = command(recipe, "FOLDER", "./out")
+    assert line == f"mso-hub {words} --input_dir FOLDER --output_dir ./out"
+    read: list[Recipe] = []
+    monkeypatch.setattr("mso_hub.cli.execute", lambda options, recipe: read.append(recipe))
+    assert CliRunner().invoke(main, shlex.split(line)[1:]).exit_code == 0
+    assert read == [recipe]
+
+
+def test_the_command_is_in_the_card(served: Served, source: Path) -> None:
+    """A repo with its commit, a folder without its path, a branch; what was imported is said beside it."""
+    repo = served.put(source)
+    commit = served.client().api.model_info(repo).sha
+    said = facts(card_of(f"hf://{repo}", Recipe(mode="all-linear"), "hf://org/out@w4%2Fa16"))
+    assert said["Command"] == (
+        f"`mso-hub quantize --all_linear --input_dir hf://{repo}@{commit} --output_dir hf://org/out@w4%2Fa16`"
+    )
+    scales = {f"model.layers.{n}.mlp.experts.{e}.{p}_proj": 0.5
+              for n in range(2) for e in range(4) for p in ("gate", "up", "down")}  # fmt: skip
+    said = facts(card_of(source, Recipe(input_scales=scales, imported_ignore=("lm_head",)), "/x/out"))
+    assert said["Command"] == (
+        "`mso-hub quantize --input_dir FOLDER --output_dir ./out` "
+        "(with imported activation scales and an imported exclude list)"
+    )
+    assert facts(card_of(source, Recipe(dtype="F16")))["Command"].endswith("(with dtype F16)")
+    piped = card_of(source, Recipe(ignore=("re:.*mlp.(gate|x)",)))
+    assert "--ignore 're:.*mlp.(gate\\|x)' --input_dir" in piped
+
+
+def test_the_size_is_that_of_the_plan(source: Path) -> None:
+    """The same two numbers as in the plan and in the last line of a run."""
+    plan = make_plan(source, Recipe())
+    share = f"{plan.write_bytes / plan.read_bytes:.0%}"
+    said = facts(card_of(source, Recipe()))["Size"]
+    assert said == f"{size(plan.read_bytes)} -> {size(plan.write_bytes)} ({share})"
 
 
 def test_sizes_and_errors_are_those_of_verify(source: Path, tmp_path: Path) -> None:
@@ -233,6 +296,8 @@ def test_a_decoded_output(dtype: str, label: str, source: Path, tmp_path: Path) 
     assert facts(text)["Scheme"] == label
     assert "Layout" not in facts(text)
     assert serve_line(text) == "vllm serve org/out"
+    assert "The source was quantized (NVFP4): what that lost is not restored here." in text
+    assert "The source was quantized" not in card_of(folder, Recipe())
     assert kinds(text)["model.layers.N.mlp.up_proj"][0] == label
     assert "Not quantized" not in text
     assert "error" not in text

@@ -494,7 +494,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "calibration text": (["quantize", "IN", "OUT", "--calib-dataset", "c4"], "--input_scale DIR takes the scales"),
     "a GPU": (["quantize", "IN", "OUT", "--device", "cuda:0"], "computes on the CPU only; leave both out"),
     "several GPUs": (["decompress", "IN", "OUT", "--num-gpus", "8"], "num_gpus 8: this version computes on the CPU"),
-    "a format that is none": (["quantize", "IN", "OUT", "--format", "fp8"], "scheme must be one of nvfp4, bf16"),
+    "a format that is none": (["quantize", "IN", "OUT", "--format", "fp8"], "format must be one of nvfp4, bf16"),
     "a layout that is none": (["plan", "SOURCE", "--layout", "gguf"], "layout must be one of compressed-tensors, mod"),
     "a search that is none": (["plan", "SOURCE", "--scale_search", "best"], "scale_search must be one of absmax, mse"),
     "a negative scale": (["plan", "SOURCE", "--input_scale=-1"], "input_scale must be a finite number > 0"),

@@ -107,6 +107,21 @@ def test_card_to_stdout_or_a_file(packed: Path, tmp_path: Path) -> None:
     assert not (packed / "README.md").exists()
 
 
+def test_card_replaces_what_a_person_wrote_only_when_told(packed: Path) -> None:
+    """It says both ways out, and both of them work."""
+    (packed / "README.md").write_text("by hand")
+    done = invoke("card", packed)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"mso-hub: {packed}: has a README.md that mso_hub did not write (or that was edited since); "
+        "print the card with --output -, or replace it with --fresh\n"
+    )
+    assert invoke("card", packed, "--output", "-").stdout.startswith("---\n")
+    assert (packed / "README.md").read_text() == "by hand"
+    assert invoke("card", packed, "--fresh").exit_code == 0
+    assert (packed / "README.md").read_text().startswith("---\n")
+
+
 def test_card_refuses_with_one_message(packed: Path, source: Path, tmp_path: Path) -> None:
     """Exit code 2, nothing on stdout."""
     other = tiny_moe(tmp_path / "other", seed=1)

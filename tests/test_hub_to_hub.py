@@ -299,6 +299,32 @@ def test_a_private_repo_and_a_branch(xet: World, tmp_path: Path) -> None:
     assert xet.output(out, "nvfp4") == local_output(files, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("more", "expect"),
+    [
+        ((), "is private, hf://{out} would be public; give --private"),
+        (("--branch", "a..b", "--private"), "--branch must be the name of a git branch, found '..' in 'a..b'"),
+    ],
+)
+def test_a_refused_output_leaves_no_repo_behind(lfs: World, more: tuple[str, ...], expect: str) -> None:
+    """Neither a public copy of private weights, nor an empty repo."""
+    source, out = lfs.put(llama(seed=19), private=True), lfs.name()
+    done = lfs.run("quantize", "--input_dir", f"hf://{source}", "--output_dir", f"hf://{out}", *more)
+    assert done.returncode == 2
+    assert expect.format(out=out) in done.stderr
+    assert lfs.state(out) is None
+
+
+def test_private_weights_do_not_go_to_a_public_repo(lfs: World) -> None:
+    """--private makes no repo private that is there."""
+    source, out = lfs.put(llama(seed=20)), lfs.put({"README.md": b"# x"})
+    before = lfs.state(out)
+    done = lfs.run("quantize", "--input_dir", f"hf://{source}", "--output_dir", f"hf://{out}", "--private")
+    assert done.returncode == 2
+    assert f"hf://{out}: is public, and --private only makes a new repo private" in done.stderr
+    assert lfs.state(out) == before
+
+
 def test_a_proposal_to_somebody_else_is_made_once(place: World, tmp_path: Path) -> None:
     """--create_pr twice, the second time with other settings: one pull request, which holds the second output alone."""
     token = place.hub.add_user("alice")

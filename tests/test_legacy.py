@@ -122,7 +122,7 @@ def test_what_cannot_be_done_is_refused_at_once(settings: dict[str, Any], messag
 @pytest.mark.parametrize("scheme", ["fp8", "int4_awq", "NVFP4"])
 def test_formats_that_do_not_exist_are_refused(scheme: str, source: Path, tmp_path: Path) -> None:
     """The prototype offered two that raised NotImplementedError after hours."""
-    with pytest.raises(RecipeError, match=rf"scheme must be one of nvfp4, bf16, got '{scheme}'"):
+    with pytest.raises(RecipeError, match=rf"format must be one of nvfp4, bf16, got '{scheme}'"):
         StreamingQuantizer(source, tmp_path / "out", format=scheme).run()
     assert not (tmp_path / "out").exists()
 

@@ -16,6 +16,8 @@ from mso_hub import Recipe, convert, verify_checkpoint
 from mso_hub.card import CARD
 from mso_hub.errors import CheckpointError, HubError, RecipeError, SinkError, VerifyError
 from mso_hub.hub.lookup import paths_info, read_small
+from mso_hub.pipeline import make_plan
+from mso_hub.plan.summary import size
 from mso_hub.recard import make_card, publish_card, require_place
 from tests.helpers import random_tensor, tensors_of, tiny_llama, tiny_moe, write_checkpoint
 from tests.hub.cards import metadata, validate
@@ -143,15 +145,77 @@ def test_the_card_of_a_conversion_differs_by_its_measurement_alone(source: Path,
     assert "| Activation scale | uncalibrated: the constant 0.5 for every module |" in ours
 
 
-def test_a_card_that_was_edited_is_replaced(packed: Path) -> None:
-    """verify says that it changed; that is no reason not to write it anew, and all is well again."""
+def test_a_card_that_was_edited_is_replaced_on_request_alone(packed: Path) -> None:
+    """verify does not mind what publishers do every day, and nothing of it gets lost by accident."""
     (packed / CARD).write_text("by hand")
-    assert not verify_checkpoint(packed).ok
-    publish_card(make_card(packed))
     assert verify_checkpoint(packed).ok
+    card = make_card(packed)
+    with pytest.raises(SinkError, match=r"has a README\.md that mso_hub did not write \(or that was edited since\)"):
+        require_place(packed)
+    with pytest.raises(SinkError, match=r"print the card with --output -, or replace it with --fresh"):
+        publish_card(card)
+    assert (packed / CARD).read_text() == "by hand"
+    require_place(packed, fresh=True)
+    publish_card(card, fresh=True)
+    assert verify_checkpoint(packed).hashed == len(digests(packed)) - 1
     (packed / CARD).unlink()
+    assert verify_checkpoint(packed).ok
+    require_place(packed)
     publish_card(make_card(packed))
     assert verify_checkpoint(packed).ok
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", "{}", '{"files": []}', '{"files": {"README.md": 1}}'])
+def test_a_broken_manifest_vouches_for_no_card(manifest: str, packed: Path) -> None:
+    """Whatever it says."""
+    (packed / "mso_hub.json").write_text(manifest)
+    with pytest.raises(SinkError, match="that mso_hub did not write"):
+        require_place(packed)
+
+
+def test_sizes_are_those_of_the_plan(packed: Path, source: Path) -> None:
+    """Shards, index and config."""
+    plan = make_plan(source, Recipe())
+    assert f"| Size | {size(plan.write_bytes)} |" in make_card(packed).content.decode()
+    both = f"| Size | {size(plan.read_bytes)} -> {size(plan.write_bytes)} ("
+    assert both in make_card(packed, source=source).content.decode()
+
+
+RECIPE = {"scheme": "nvfp4", "mode": "all-linear", "ignore": ["a b"], "targets": [], "default_ignore": True}
+
+
+@pytest.mark.parametrize(
+    ("said", "cell"),
+    [
+        (RECIPE, "`mso-hub quantize --all_linear --ignore 'a b' --input_dir FOLDER --output_dir ./out`"),
+        (RECIPE | {"imported_ignore": 3}, "(with an imported exclude list)"),
+        (RECIPE | {"of_a_later_version": 1}, "--output_dir ./out`"),
+        (RECIPE | {"mode": "unheard of"}, None),
+        (RECIPE | {"targets": 5}, None),
+        (RECIPE | {"input_scale": "x"}, None),
+        ({"scheme": "unheard of"}, None),
+        ({"scheme": []}, None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_the_command_of_the_manifest(said: object, cell: str | None, packed: Path) -> None:
+    """As far as mso_hub.json has it; a card does without what cannot be read."""
+    path = packed / "mso_hub.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": said}))
+    rows = [line for line in make_card(packed).content.decode().splitlines() if line.startswith("| Command |")]
+    assert len(rows) == (cell is not None)
+    assert (cell or "") in "".join(rows)
+
+
+def test_imported_activation_scales_are_seen_in_the_weights(source: Path, tmp_path: Path) -> None:
+    """The manifest's recipe does not hold them."""
+    experts = [f"model.layers.{n}.mlp.experts.{e}" for n in range(2) for e in range(4)]
+    scales = {f"{e}.{p}_proj": 0.5 for e in experts for p in ("gate", "up", "down")}
+    convert(source, tmp_path / "out", Recipe(input_scales=scales))
+    path = tmp_path / "out" / "mso_hub.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": {"scheme": "nvfp4"}}))
+    assert "./out` (with imported activation scales) |" in make_card(tmp_path / "out").content.decode()
 
 
 def test_a_base_model_is_never_guessed(packed: Path) -> None:
@@ -169,6 +233,9 @@ def test_a_decoded_folder(packed: Path, tmp_path: Path) -> None:
     data = metadata(text)
     assert "base_model_relation" not in data
     assert data["tags"] == ["chat", "bf16", "mso_hub"]
+    assert "The source was quantized (NVFP4): what that lost is not restored here." in text
+    alone = make_card(tmp_path / "dense").content.decode()
+    assert "The source was quantized (packed weights): what that lost is not restored here." in alone
     assert re.search(r"experts\.N\.up_proj` \| BF16 \| 8 \|", text)
     assert "Not quantized" not in text
 
@@ -184,7 +251,10 @@ def test_a_checkpoint_of_others(bits: int, inputs: dict[str, object] | None, sho
     folder = theirs(tmp_path / "in", bits, inputs)
     (folder / CARD).write_text(OWN)
     before = digests(folder)
-    assert publish_card(make_card(folder)) == str(folder / CARD)
+    with pytest.raises(SinkError, match="that mso_hub did not write"):
+        publish_card(make_card(folder))
+    assert digests(folder) == before
+    assert publish_card(make_card(folder), fresh=True) == str(folder / CARD)
     assert {n: d for n, d in digests(folder).items() if n != CARD} == {n: d for n, d in before.items() if n != CARD}
     text = (folder / CARD).read_text()
     assert metadata(text) == {
@@ -197,6 +267,7 @@ def test_a_checkpoint_of_others(bits: int, inputs: dict[str, object] | None, sho
     assert f"stored as INT{bits} ({short}, compressed-tensors)" in text
     assert "## How it is stored" in text
     assert "Made with" not in text
+    assert "not trained any further" not in text
     assert "Card written with" in text
     assert not make_card(folder).changed
 
@@ -277,6 +348,52 @@ def test_a_repo_gets_its_card(served: Served, source: Path, tmp_path: Path) -> N
     assert not again.changed
     publish_card(again)
     assert client.api.list_repo_commits("dev/card")[0].commit_id == newest.commit_id
+
+
+def test_the_source_of_the_manifest_is_the_default(served: Served, source: Path) -> None:
+    """A card keeps its table without --source; where the source is gone, that is an error and nothing is lost."""
+    origin = served.put(source)
+    convert(f"hf://{origin}", "hf://dev/default", Recipe(), card=True)
+    commit = served.client().api.model_info(origin).sha
+    card = make_card("hf://dev/default")
+    assert card.content == make_card("hf://dev/default", source=f"hf://{origin}@{commit}").content
+    assert "mean error" in card.content.decode()
+    served.client().api.delete_repo(origin)
+    with pytest.raises(HubError, match=rf"hf://{origin}@{commit}: mso_hub\.json says .* give a copy .*--source WHERE"):
+        make_card("hf://dev/default")
+    assert "mean error" in make_card("hf://dev/default", source=source).content.decode()
+
+
+def test_a_source_in_a_folder_of_a_repo_has_to_be_given(served: Served, source: Path) -> None:
+    """mso_hub.json names the repo alone: the message names what it was compared with, and the way out."""
+    files = {f"sub/{path.name}": path.read_bytes() for path in source.iterdir()}
+    other = tiny_moe(source.parent / "other", seed=1)
+    origin = served.put({path.name: path.read_bytes() for path in other.iterdir()} | files)
+    convert(f"hf://{origin}@main/sub", "hf://dev/below", Recipe(), card=True)
+    text = (read_small(served.client(), "dev/below", CARD, "main") or b"").decode()
+    commit = served.client().api.model_info(origin).sha
+    assert f"--input_dir hf://{origin}@{commit}/sub --output_dir hf://dev/below`" in text
+    with pytest.raises(VerifyError, match=rf"; it was compared with hf://{origin}.*, give another one with --source"):
+        make_card("hf://dev/below")
+    assert "mean error" in make_card("hf://dev/below", source=f"hf://{origin}@main/sub").content.decode()
+
+
+def test_a_hand_written_card_of_a_repo_stays(served: Served, source: Path) -> None:
+    """The website's editor makes a commit; ours would undo it."""
+    api = served.client().api
+    convert(source, "hf://dev/edited", Recipe(), card=True)
+    require_place("hf://dev/edited")
+    api.create_commit(
+        "dev/edited", [CommitOperationAdd(CARD, b"---\nlicense: mit\n---\n# By hand")], commit_message="edit"
+    )
+    assert verify_checkpoint("hf://dev/edited").ok
+    with pytest.raises(SinkError, match=r"hf://dev/edited: has a README\.md that mso_hub did not write"):
+        require_place("hf://dev/edited")
+    with pytest.raises(SinkError, match="--fresh"):
+        publish_card(make_card("hf://dev/edited"))
+    assert api.list_repo_commits("dev/edited")[0].title == "edit"
+    publish_card(make_card("hf://dev/edited"), fresh=True)
+    require_place("hf://dev/edited")
 
 
 def test_a_branch_gets_its_card(served: Served, source: Path) -> None:

@@ -36,6 +36,7 @@ from mso_hub.errors import MsoError, RecipeError, TransientError
 if TYPE_CHECKING:
     from mso_hub.events import Listener
     from mso_hub.plan import Plan, Recipe
+    from mso_hub.sink import Sink
 
 
 class Program(click.Group):
@@ -76,7 +77,7 @@ def main() -> None:
 def execute(options: dict[str, Any], recipe: Recipe) -> None:
     """One conversion with progress and a closing line."""
     from mso_hub.engine import ThreadEngine
-    from mso_hub.hub import is_address
+    from mso_hub.hub import looks_like_repo
     from mso_hub.legacy import check_hardware
     from mso_hub.pipeline import convert
     from mso_hub.progress import Bar, listener
@@ -87,38 +88,29 @@ def execute(options: dict[str, Any], recipe: Recipe) -> None:
     show: Listener = listener("none" if options["quiet"] else options["progress"])
     target = hub_target(options, recipe)
     fresh = options["fresh"] or not options["resume"]
+    where = options["output_dir"]
+    if looks_like_repo(where) and not Path(where).parent.exists() and not options["quiet"]:
+        click.echo(f"writing to the folder {where}; for a repo on the Hub write hf://{where}", err=True)
     try:
         sink = open_sink(options["output_dir"], fresh=fresh, target=target, on_event=show)
-        card = is_address(options["output_dir"])
         plan = convert(
-            options["input_dir"],
-            sink,
-            recipe,
-            engine=engine,
-            card=card,
-            base_model=options["base_model"],
-            on_event=show,
+            options["input_dir"], sink, recipe, engine=engine, base_model=options["base_model"], on_event=show
         )
     finally:
         if isinstance(show, Bar):
             show.close()
     if not options["quiet"] and options["progress"] == "bar":
-        click.echo(closing_lines(plan, options["output_dir"], sink.where))
+        click.echo(closing_lines(plan, sink))
 
 
-def closing_lines(plan: Plan, where: str, seen: str) -> str:
-    """Two lines: what happened, what to do next.
-
-    where  what was asked for
-    seen   where the result is to be seen: the folder, or the URL of a commit or pull request
-    """
+def closing_lines(plan: Plan, sink: Sink) -> str:
+    """Two lines: what happened, what to do next."""
     from mso_hub.plan.summary import size
 
     done = sum(step.unit is not None or step.weight.decoder is not None for s in plan.shards for step in s.steps)
-    return (
-        f"{done:,} weights, {size(plan.read_bytes)} -> {size(plan.write_bytes)} in {seen}\n"
-        f"check it: mso-hub verify {where} --source {plan.source}"
-    )
+    sizes = f"{done:,} weights, {size(plan.read_bytes)} -> {size(plan.write_bytes)}"
+    found = "was complete already, nothing was written: " if sink.finished else ""
+    return f"{found}{sizes} in {sink.where}\ncheck it: mso-hub verify {sink.address} --source {plan.source}"
 
 
 @main.command()
@@ -184,7 +176,10 @@ def extract(config: str, output: str | None, verbose: bool) -> None:
 @opt("input_dir", metavar="WHERE", help="The same as SOURCE.")
 @JSON
 def inspect(source: str | None, input_dir: str | None, json: bool) -> None:
-    """Show what a checkpoint holds, from its headers."""
+    """Show what a checkpoint holds, from its headers.
+
+    SOURCE is a folder or hf://org/name@revision.
+    """
     from mso_hub.display import inspect_dict, inspect_text
     from mso_hub.progress import waiting
     from mso_hub.source import open_source, read_checkpoint
@@ -200,7 +195,10 @@ def inspect(source: str | None, input_dir: str | None, json: bool) -> None:
 @SCHEME
 @JSON
 def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) -> None:
-    """Show from headers what would be quantized, what not and why, and the sizes."""
+    """Show from headers what would be quantized, what not and why, and the sizes.
+
+    SOURCE is a folder or hf://org/name@revision.
+    """
     from mso_hub.display import plan_as_dict, plan_text
     from mso_hub.pipeline import make_plan
     from mso_hub.progress import waiting
@@ -218,7 +216,10 @@ def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) 
 @opt("reference", metavar="WHAT", help="`modelopt`, or a checkpoint to compare with byte by byte.")
 @JSON
 def verify(checkpoint: str, source: str | None, reference: str | None, json: bool) -> None:
-    """Check a finished checkpoint: structure, config, shared scales, numbers. Exit code 2 when something is wrong."""
+    """Check a finished checkpoint: structure, config, shared scales, numbers. Exit code 2 when something is wrong.
+
+    CHECKPOINT is a folder or hf://org/name@revision.
+    """
     from mso_hub.display import report_text
     from mso_hub.progress import waiting
     from mso_hub.verify import verify_checkpoint
@@ -234,7 +235,10 @@ def verify(checkpoint: str, source: str | None, reference: str | None, json: boo
 @click.argument("second", callback=given)
 @JSON
 def compare(first: str, second: str, json: bool) -> None:
-    """Compare the scales and weights of two checkpoints, whatever their formats."""
+    """Compare the scales and weights of two checkpoints, whatever their formats.
+
+    FIRST and SECOND are folders or hf://org/name@revision.
+    """
     from mso_hub.display import comparison_text
     from mso_hub.progress import waiting
     from mso_hub.verify import compare_checkpoints

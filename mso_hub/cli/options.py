@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,7 +60,12 @@ HUB = several(
     opt("base_model", metavar="REPO", help="Hub: the card's base model, where the source is a folder."),
 )
 RUN = several(
-    click.option("--resume/--no_resume", " /--no-resume", default=True, help="Continue an unfinished run, or --fresh."),
+    click.option(
+        "--resume/--no_resume",
+        " /--no-resume",
+        default=True,
+        help="Go on with an unfinished run (default), or do as --fresh.",
+    ),
     opt("fresh", is_flag=True, help="Discard an earlier output of this tool, finished or not, and start over."),
     opt("workers", type=click.IntRange(1), metavar="N", help="Threads; all processors by default."),
     opt("memory_budget", default="448MiB", metavar="SIZE", help="Weights held in memory at once [448MiB]."),
@@ -111,7 +117,10 @@ def hub_target(options: dict[str, Any], recipe: Recipe) -> HubTarget | None:
         branch=options["branch"],
         create_pr=options["create_pr"],
         journal_branch=options["journal_branch"],
-        protect=origin,
+        description=(
+            f"Converted from {origin or 'a folder'} by mso_hub {version('mso-hub')}, tensor by tensor. README.md says "
+            "what changed, with sizes and errors; mso_hub.json has the settings and the SHA-256 of every file."
+        ),
         title=f"{recipe.scheme.upper()} of {name}, made with mso_hub",
     )
 

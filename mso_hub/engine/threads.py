@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 
 from mso_hub.checkpoint import Array, TensorInfo
-from mso_hub.errors import MsoError, NonFiniteError
+from mso_hub.errors import CheckpointError, MsoError, NonFiniteError
 from mso_hub.formats import Format
 from mso_hub.formats.weight import Reader, Weight
 from mso_hub.plan import Plan, ShardPlan, Step
@@ -121,19 +121,21 @@ class ThreadEngine:
 
     def run(
         self, plan: Plan, shards: Iterable[ShardPlan], read: Reader, notes: MutableMapping[str, float], *,
-        once: bool = False, measure: bool = False, abort: Callable[[], None] = lambda: None,
+        apart: Reader | None = None, once: bool = False, measure: bool = False,
+        abort: Callable[[], None] = lambda: None,
     ) -> Generator[Piece, None, None]:  # fmt: skip
         """All pieces of the shards, shard by shard, each output tensor front to back.
 
         read     Source.read
-        notes    amax of units whose members lie in several shards, kept for the other shards and for a resumed run
+        apart    Source.read_apart, for members of a unit that lie in other shards; `read` by default
+        notes    weight -> amax, of units whose members lie in several shards: for the other shards and a resumed run
         once     keep every unit in memory, also one above half the budget: reading it again would cost a download
         measure  pieces tell what encoding did to a sample of each weight
         abort    called when the run ends early, before its threads are waited for: they may wait for the network
         Raises NonFiniteError for NaN or Inf in a weight that is encoded or decoded.
         """
         with ThreadPoolExecutor(self.workers, thread_name_prefix="mso") as pool:
-            run = _Run(plan, read, notes, pool, self, once=once, measure=measure)
+            run = _Run(plan, read, apart or read, notes, pool, self, once=once, measure=measure)
             try:
                 yield from run.pieces(shards)
             except BaseException:
@@ -169,11 +171,11 @@ def _runs(shard: ShardPlan) -> list[list[Step]]:
 
 class _Run:
     def __init__(
-        self, plan: Plan, read: Reader, notes: MutableMapping[str, float], pool: ThreadPoolExecutor,
+        self, plan: Plan, read: Reader, apart: Reader, notes: MutableMapping[str, float], pool: ThreadPoolExecutor,
         engine: ThreadEngine, *, once: bool, measure: bool,
     ) -> None:  # fmt: skip
         self._plan, self._read, self._notes, self._pool, self._engine = plan, read, notes, pool, engine
-        self._memory, self._once, self._measure = engine.memory, once, measure
+        self._apart, self._memory, self._once, self._measure = apart, engine.memory, once, measure
         self._width = 2 * engine.workers + 1
         self._block = engine.block
 
@@ -253,10 +255,10 @@ class _Run:
         submit = self._pool.submit
         return [[submit(self._load, s.weight, block) for block in s.weight.blocks(self._block)] for s in steps]
 
-    def _load(self, weight: Weight, block: Block) -> tuple[Array, str, float]:
+    def _load(self, weight: Weight, block: Block, read: Reader | None = None) -> tuple[Array, str, float]:
         from mso_hub.formats.numerics import floats
 
-        values, dtype = weight.values(weight.load(self._read, *block), *block)
+        values, dtype = weight.values(weight.load(read or self._read, *block), *block)
         return values, dtype, floats.amax(values, dtype)
 
     def _collect(
@@ -282,18 +284,27 @@ class _Run:
         return [_Loaded(s, s.weight.blocks(self._block), amax, v) for s, v in zip(steps, values, strict=True)]
 
     def _unit_amax(self, unit: str, own: MutableMapping[str, float]) -> float:
-        """Largest amax of a unit; members in other shards are read once and the result is noted."""
-        members = self._plan.units[unit]
-        foreign = [weight for weight in members if weight.name not in own]
+        """Largest amax of a unit; members in other shards are read once more, and every amax is noted.
+
+        CheckpointError when a weight has another amax than when its partner's shard was written: that one is wrong.
+        """
+        foreign = [weight for weight in self._plan.units[unit] if weight.name not in own]
         if not foreign:
             return max(own.values())
-        if unit not in self._notes:
-            self._notes[unit] = max(*own.values(), *map(self._amax, foreign))
-        return self._notes[unit]
+        for name, amax in own.items():
+            noted = self._notes.setdefault(name, amax)
+            if noted != amax:
+                raise CheckpointError(
+                    f"{name}: its largest value was {noted:.9g} when a shard with its partner was written, it is "
+                    f"{amax:.9g} now; the source changed, or bytes on their way: start over with --fresh"
+                )
+        for weight in (w for w in foreign if w.name not in self._notes):
+            self._notes[weight.name] = self._amax(weight, self._apart)
+        return max(*own.values(), *(self._notes[weight.name] for weight in foreign))
 
-    def _amax(self, weight: Weight) -> float:
+    def _amax(self, weight: Weight, read: Reader | None = None) -> float:
         """Amax of a weight that is not kept, block by block."""
-        load = partial(self._load, weight)
+        load = partial(self._load, weight, read=read)
         amax = _largest(result[2] for result in self._windowed(load, weight.blocks(self._block)))
         if not amax < float("inf"):
             self._refuse(weight)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from importlib.metadata import PackageNotFoundError, version
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -88,6 +89,14 @@ def find_token() -> str | None:
     return get_token()
 
 
+def own_version() -> str:
+    """For the User-Agent."""
+    try:
+        return version("mso-hub")
+    except PackageNotFoundError:  # a checkout that was never installed
+        return "0"
+
+
 class Client:
     """A connection to one Hub.
 
@@ -106,7 +115,9 @@ class Client:
         self.on_event = on_event
         self._token = _usable(find_token() if token is None or token is True else token or None)
         _bound_waiting(self.patience.silence)
-        self.api = HfApi(endpoint=endpoint, token=self._token or False, library_name="mso_hub")
+        self.api = HfApi(
+            endpoint=endpoint, token=self._token or False, library_name="mso_hub", library_version=own_version()
+        )
 
     @property
     def endpoint(self) -> str:
@@ -122,7 +133,7 @@ class Client:
         """Headers of a request to the Hub itself, with the token; never for storage URLs."""
         from huggingface_hub.utils import build_hf_headers
 
-        return dict(build_hf_headers(token=self._token or False, library_name="mso_hub"))
+        return dict(build_hf_headers(token=self._token or False, library_name="mso_hub", library_version=own_version()))
 
     def clean(self, text: object) -> str:
         """A message without tokens and without the signatures in URLs."""
@@ -186,7 +197,9 @@ class Client:
         started  time.monotonic() of the first failure
         """
         reason, asked = self.clean(reason_of(why)), asked_wait(why)
-        seconds = self.patience.wait(tries) if asked is None else asked
+        own = self.patience.wait(tries)
+        # A little more than asked, so that not everybody comes back at once; and never at once, whatever is asked.
+        seconds = own if asked is None else max(asked, min(own, self.patience.first)) * random.uniform(1, 1.1)  # noqa: S311
         passed = time.monotonic() - started
         if passed + seconds > self.patience.total:
             wish = "" if asked is None else f" and asks to wait {asked:.0f} s"
@@ -322,7 +335,7 @@ def _meaning(error: Exception, what: str, client: Client) -> str:
             f"{what}: {client.endpoint} does not know this token; log in again with `hf auth login` or renew HF_TOKEN"
         )
     if status == 403:
-        return f"{what}: this account may not do that ({said}); use a token with write permission, or --create_pr"
+        return f"{what}: this account may not do that ({said}); use a token with write permission"
     if isinstance(error, JSONDecodeError):
         return f"{what}: {client.endpoint} answered something else than JSON; a proxy in between may want a login"
     if isinstance(error, errors.OfflineModeIsEnabled):

@@ -94,14 +94,21 @@ def git_oid(content: bytes) -> str:
 def send_commit(client: Client, target: Target, change: Change) -> Commit:
     """Make the commit, once; MovedError, VanishedError or another HubError when the Hub refuses it."""
     body = b"".join(json.dumps(line).encode() + b"\n" for line in _lines(change))
-    started, tries = time.monotonic(), 0
+    started, tries = 0.0, 0
     while True:
         try:
             return _post(client, target, change, body)
+        except MovedError:
+            # Perhaps it is our own first try that moved the head, after we had stopped waiting for it.
+            earlier = _landed(client, target, change) if tries else None
+            if earlier is None:
+                raise
+            return earlier
         except MsoError:
             raise
         except client_errors() as error:
             failure = error
+            started = started or time.monotonic()
         if not may_pass(failure):
             raise client.explain(failure, str(target))
         client.pause(tries, started, str(target), failure)

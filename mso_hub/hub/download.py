@@ -56,8 +56,8 @@ class Download:
         return self._file(path).nbytes
 
     def digest(self, path: str) -> str | None:
-        """SHA-256 that a stream of the whole file must have; None for files in git, of which the Hub knows none."""
-        return self._file(path).sha256
+        """What a stream of the whole file must have: SHA-256, or the git object id of files in git (40 digits)."""
+        return self._file(path).sha256 or self._file(path).blob_id
 
     def read(self, path: str, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) by one request, in the thread of the caller."""

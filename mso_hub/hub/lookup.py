@@ -12,22 +12,22 @@ from mso_hub.hub.repository import RemoteFile
 
 PATHS = 500
 """Paths per request; the Hub takes 1000."""
+
 HISTORY = 1000
 """Commits of a branch that are looked through."""
 
 
-def repo_exists(client: Client, repo: str) -> bool:
-    """Is there such a repo, as far as this account may know?"""
+def is_private(client: Client, repo: str) -> bool | None:
+    """May only some see the repo? None where there is no such repo, as far as this account may know."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    def once() -> bool:
+    def once() -> bool | None:
         try:
-            client.api.model_info(repo)
+            return bool(client.api.model_info(repo).private)
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
-            return False
-        return True
+            return None
 
     return client.attempt(once, what=f"hf://{repo}")
 

@@ -28,6 +28,22 @@ HEAD = 1 << 20
 LONGEST, MOST = 400, 400
 """Characters of one text and texts of one key; what is longer is left out."""
 FRONT = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*$", re.MULTILINE | re.DOTALL)
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+"""Metadata that is as true of the output as of the source."""
+STORAGE_TAG = re.compile(
+    r"(nv|mx)?fp\d+(-\w+)?|b?f(loat)?(16|32)|u?int\d+|[wa]\d+(a\d+)?(kv\d+)?|\d+[- ]?bits?|i?q\d(_\w+)*|"
+    r"(auto-?)?(awq|gptq)(-\w+)?|gguf|exl[23]|bnb|bitsandbytes|hqq|aqlm|quip.*|eetq|auto-?round|quark|mlx|mso_hub|"
+    r"imatrix|llama-?cpp|llm-?compressor|compressed-tensors|model-?opt|model[- ]?optimizer|quant(ized|ization)?|"
+    r"(gguf|mlx)-my-repo|base_model:.*",
+    re.IGNORECASE,
+)
+"""Tags, and names of libraries, that speak of how numbers are stored: the source's are not the output's."""
+SENSES = frozenset({
+    "any-to-any", "image-text-to-text", "image-to-text", "video-text-to-text", "audio-text-to-text",
+    "visual-question-answering", "document-question-answering", "automatic-speech-recognition", "multimodal",
+    "vision", "vision-language", "vision-language-model", "vlm", "image", "video", "audio", "speech", "omni", "ocr",
+})  # fmt: skip
+"""Tags and tasks that a language model without its vision and audio parts no longer has."""
 ABSENT = frozenset({"~", "null", "Null", "NULL"})
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*")
 """Texts that need no quotes, in whichever YAML, unless they are WORDS."""

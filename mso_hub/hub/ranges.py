@@ -34,6 +34,10 @@ class Place:
     headers: Mapping[str, str] = field(repr=False)
 
 
+PROGRESS = 1 << 20
+"""Bytes that must come before patience starts anew: a server that gives one byte a time must not keep us for ever."""
+
+
 class Ranges:
     """Reads ranges of the files of one snapshot. Safe to use from several threads."""
 
@@ -46,15 +50,17 @@ class Ranges:
     def read(self, file: RemoteFile, begin: int, target: memoryview) -> None:
         """Fill `target` with the bytes that start at `begin`; HubError or TransientError when that is impossible."""
         what = f"{self._snapshot.address}/{file.path}"
-        done, tries, renewals, started = 0, 0, 0, time.monotonic()
+        done, tries, renewals, started, fresh = 0, 0, 0, 0.0, 0
         while done < len(target):
             place = self._place(file)
             got, failure = self._once(file, place, begin + done, target[done:])
             done += got
-            if got:
-                tries, renewals, started = 0, 0, time.monotonic()
+            fresh += got
+            if fresh >= PROGRESS:
+                tries, renewals, started, fresh = 0, 0, 0.0, 0
             if failure is None:
                 continue
+            started = started or time.monotonic()
             status = status_of(failure)
             if status in EXPIRED and not place.headers and renewals < RENEWALS:
                 renewals += 1

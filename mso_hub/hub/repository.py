@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from mso_hub.errors import HubError
 from mso_hub.hub.address import Address
 from mso_hub.hub.client import Client
 
@@ -36,11 +37,17 @@ class Origin:
 
     endpoint  of the Hub
     commit    40 hex digits
+    revision  as the user typed it; None for the default branch
+    private   not everybody may see the repo
+    gated     everybody may see it, and has to ask for its files
     """
 
     endpoint: str
     repo_id: str
     commit: str
+    revision: str | None = None
+    private: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +55,14 @@ class Snapshot:
     """A repo pinned to one commit.
 
     commit  40 hex digits; every later request names it, so that a moving branch cannot mix two states
+    private, gated  as in Origin
     """
 
     address: Address
     commit: str
     files: Mapping[str, RemoteFile]
+    private: bool = False
+    gated: bool = False
 
 
 def take_snapshot(client: Client, address: Address) -> Snapshot:
@@ -62,8 +72,8 @@ def take_snapshot(client: Client, address: Address) -> Snapshot:
     # model_info shows the card of a gated repo to everyone; only this says whether its files may be read.
     client.attempt(lambda: client.api.auth_check(repo), what=what)
     commit = str(info.sha)
-
-    return Snapshot(address, commit, dict(sorted(_list_files(client, repo, commit, what))))
+    files = dict(sorted(_list_files(client, repo, commit, what)))
+    return Snapshot(address, commit, files, private=bool(info.private), gated=bool(info.gated))
 
 
 def _list_files(client: Client, repo: str, commit: str, what: str) -> Iterator[tuple[str, RemoteFile]]:
@@ -74,11 +84,20 @@ def _list_files(client: Client, repo: str, commit: str, what: str) -> Iterator[t
         for entry in page:
             if entry["type"] == "file":
                 large = entry.get("lfs") or {}
-                path, size = str(entry["path"]), int(entry["size"])
+                path, size = _safe(str(entry["path"]), what), int(entry["size"])
                 yield path, RemoteFile(path, size, entry["oid"], large.get("oid"), entry.get("xetHash"))
         # A mirror may name the Hub itself in its links: stay with the one that was chosen.
         link = urlsplit(links.get("next", {}).get("url", ""))
         url = f"{link.path}?{link.query}" if link.query else None
+
+
+def _safe(path: str, what: str) -> str:
+    """A path that stays inside the repo: a folder may be written by these names."""
+    if not path or path.startswith("/") or ".." in path.split("/") or "\\" in path or "\0" in path:
+        raise HubError(
+            f"{what}: lists a file {path!r}; a path must be relative and stay inside the repo: do not use it"
+        )
+    return path
 
 
 def _page(client: Client, url: str, what: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 from urllib.parse import quote
 
 from mso_hub.errors import HubError, RecipeError
 from mso_hub.hub.address import Address
 from mso_hub.hub.client import Client, client_errors, status_of
-from mso_hub.hub.lookup import create_branch, refs, repo_exists
+from mso_hub.hub.lookup import create_branch, is_private, refs
+from mso_hub.hub.permission import create_repo, namespaces, require_account, require_branch_name, require_writable
 from mso_hub.hub.pull_request import find_own, require_own
 from mso_hub.hub.xet import token_refresh, xet_enabled
 
@@ -90,6 +90,8 @@ class Wish:
             raise RecipeError(
                 f"{address}: the output must be a whole repo, found the folder {address.folder}; name the repo alone"
             )
+        if self.branch is not None:
+            require_branch_name(self.branch, "--branch", str(address))
         if self.branch and address.revision not in (None, self.branch):
             raise RecipeError(f"{address}: names another branch than --branch {self.branch}; give one of them")
         if self.create_pr and self.revision != DEFAULT:
@@ -104,14 +106,19 @@ class Access:
     """What the Hub said about the target.
 
     account  user name
-    exists   is the repo there?
+    private  is the repo? None where there is none yet
     missing  branch that is to be created
     """
 
     target: Target
     account: str
-    exists: bool
+    private: bool | None
     missing: bool = False
+
+    @property
+    def exists(self) -> bool:
+        """Is the repo there?"""
+        return self.private is not None
 
 
 def look(client: Client, wish: Wish) -> Access:
@@ -120,39 +127,30 @@ def look(client: Client, wish: Wish) -> Access:
     repo, what = wish.address.repo_id, str(wish.address)
     account = require_account(client, what)
     target = Target(repo, wish.revision, wish.create_pr)
-    if not repo_exists(client, repo):
-        return _to_be_created(wish, Access(target, account, exists=False))
+    private = is_private(client, repo)
+    if private is None:
+        return _to_be_created(client, wish, Access(target, account, None))
     if wish.create_pr:
         client.attempt(lambda: client.api.auth_check(repo), what=what)
         earlier = find_own(client, repo, account, wish.title)
         if earlier is not None:
             target = replace(target, revision=f"refs/pr/{earlier}", create_pr=False)
-        return Access(target, account, exists=True)
+        return Access(target, account, private)
     number = PULL_REQUEST.fullmatch(wish.revision)
     if number is not None and require_own(client, repo, account, int(number[1])):
-        return Access(target, account, exists=True)
-    client.attempt(lambda: client.api.auth_check(repo, write=True), what=what)
+        return Access(target, account, private)
+    require_writable(client, repo, what)
     missing = number is None and not _is_branch(client, wish)
-    return Access(target, account, exists=True, missing=missing)
+    return Access(target, account, private, missing)
 
 
-def require_account(client: Client, what: str) -> str:
-    """User name; HubError without a login and for a token that may only read."""
-    if client.anonymous:
-        raise HubError(f"{what}: writing needs a login, found none; run `hf auth login` or set HF_TOKEN")
-    said: dict[str, Any] = client.attempt(lambda: client.api.whoami(cache=True), what=what)
-    if said.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise HubError(
-            f"{what}: needs a token with write permission, found one that may only read (account {said['name']}); "
-            f"make one at {client.endpoint}/settings/tokens, then `hf auth login`"
-        )
-    return str(said["name"])
-
-
-def _to_be_created(wish: Wish, access: Access) -> Access:
+def _to_be_created(client: Client, wish: Wish, access: Access) -> Access:
     what = f"hf://{wish.address.repo_id}"
     if wish.create_pr:
-        raise HubError(f"{what}: a pull request needs a repo, found none; check the name, or leave --create_pr away")
+        raise HubError(
+            f"{what}: a pull request needs a repo, found none; check the name, or leave --create_pr away to make a "
+            f"new repo ({namespaces(client, what)})"
+        )
     if PULL_REQUEST.fullmatch(wish.revision) or (wish.branch is None and wish.revision != DEFAULT):
         raise HubError(f"{what}: there is no such repo, so no {wish.revision} in it; check the name, or use --branch")
     return replace(access, missing=wish.revision != DEFAULT)
@@ -179,7 +177,7 @@ def create(client: Client, access: Access, *, private: bool) -> Target:
     """Make the repo and the branch where they are missing -> target, which knows its storage."""
     repo, target = access.target.repo_id, access.target
     if not access.exists:
-        client.attempt(lambda: client.api.create_repo(repo, private=private or None, exist_ok=True), what=str(target))
+        create_repo(client, repo, private=private)
     if access.missing:
         create_branch(client, repo, target.revision)
     return replace(target, xet=_takes_xet(client, target))

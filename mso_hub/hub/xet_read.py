@@ -32,7 +32,7 @@ class XetReader:
     def stream(self, file: RemoteFile, begin: int, end: int) -> Generator[memoryview, None, None]:
         """Bytes [begin, end) in order; continued where it breaks."""
         what = f"{self._snapshot.address}/{file.path}"
-        at, tries, started = begin, 0, time.monotonic()
+        at, tries, started = begin, 0, 0.0
         while at < end:
             failure: Exception | None = None
             group, source = None, None
@@ -41,7 +41,7 @@ class XetReader:
                 source = group.download_stream(_info(file), at, end)
                 for data in source:
                     fitting = memoryview(data)[: end - at]
-                    at, tries, started = at + len(fitting), 0, time.monotonic()
+                    at, tries, started = at + len(fitting), 0, 0.0
                     yield fitting
             except HubError:
                 raise
@@ -51,6 +51,7 @@ class XetReader:
                 if source is not None and at < end:
                     source.cancel()
             if at < end:
+                started = started or time.monotonic()  # who reads us may have paused for long: that is no waiting
                 self._judge(failure, tries, started, what, group)
                 tries += 1
 

@@ -72,7 +72,7 @@ class ShardPlan:
         return sum(step.weight.nbytes for step in self.steps)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """Everything that will happen.
 
@@ -101,6 +101,12 @@ class Plan:
     behind: tuple[str, ...]
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        """One line: the last expression of a notebook cell shows it."""
+        changed = sum(s.unit is not None or s.weight.decoder is not None for p in self.shards for s in p.steps)
+        sizes = f"{self.read_bytes:,} -> {self.write_bytes:,} bytes"
+        return f"Plan({self.source} -> {self.recipe.scheme}, {changed:,} weights, {sizes})"
+
     @property
     def read_bytes(self) -> int:
         """Source bytes of all weights that are used."""
@@ -122,7 +128,7 @@ def _format(recipe: Recipe) -> Format | None:
     if recipe.scheme == DENSE:
         return None
     if recipe.scheme not in FORMATS:
-        raise RecipeError(f"scheme must be one of {', '.join([*FORMATS, DENSE])}, got {recipe.scheme!r}")
+        raise RecipeError(f"format must be one of {', '.join([*FORMATS, DENSE])}, got {recipe.scheme!r}")
     return FORMATS[recipe.scheme](layout=recipe.layout, search=recipe.scale_search)
 
 

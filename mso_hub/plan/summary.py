@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mso_hub.formats.weight import FLOAT_DTYPES
+from mso_hub.formats import DENSE
+from mso_hub.formats.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.packed_int import PackedInt
+from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.planner import Plan
+from mso_hub.plan.recipe import Recipe
 
 HINT = " (--all_linear takes it)"
 """End of a reason that helps who converts, and nobody else."""
@@ -75,6 +80,55 @@ class Stored:
         if not self.layout:
             return (self.label.lower(),)
         return (self.scheme, self.short.lower(), self.layout, f"{self.bits}-bit", "vllm")
+
+
+def form_of(weight: Weight) -> Stored:
+    """How one weight is stored, whatever its activations."""
+    if isinstance(weight.decoder, Nvfp4Decoder):
+        return Stored("nvfp4", 4, layout=weight.decoder.layout)
+    if isinstance(weight.decoder, PackedInt):
+        return Stored(f"int{weight.decoder.bits}", weight.decoder.bits, layout="compressed-tensors")
+    return Stored(weight.dtype)
+
+
+def packed_as(weights: Iterable[Weight]) -> str:
+    """Schemes of those weights that are packed: `INT4`, "" where none is."""
+    return " and ".join(sorted({form_of(weight).scheme.upper() for weight in weights if weight.decoder is not None}))
+
+
+def command(recipe: Recipe, source: str, target: str) -> str:
+    """The command line that makes an output again; what is the default is left out.
+
+    source, target  words of the shell as they are to stand there
+    """
+    default = Recipe(scheme=recipe.scheme)
+    words = ["mso-hub", "quantize"]
+    if recipe.scheme == DENSE:
+        extract = recipe.text_only and recipe.dtype == default.dtype
+        words[1] = "extract-text" if extract else "decompress"
+        words += ["--dtype", DTYPES[recipe.dtype].lower()] if recipe.dtype != default.dtype else []
+        words += ["--text_only"] if recipe.text_only and not extract else []
+    else:
+        words += ["--format", recipe.scheme] if recipe.scheme != Recipe().scheme else []
+        words += ["--layout", recipe.layout] if recipe.layout != default.layout else []
+        words += ["--all_linear"] if recipe.mode == "all-linear" else []
+        words += [word for pattern in recipe.targets for word in ("--targets", shlex.quote(pattern))]
+        words += [word for pattern in recipe.ignore for word in ("--ignore", shlex.quote(pattern))]
+        words += [] if recipe.default_ignore else ["--no_default_ignore"]
+        words += [] if recipe.input_scale is None else ["--input_scale", repr(float(recipe.input_scale))]
+        words += ["--scale_search", recipe.scale_search] if recipe.scale_search != default.scale_search else []
+        words += ["--text_only"] if recipe.text_only else []
+    return " ".join([*words, "--input_dir", source, "--output_dir", target])
+
+
+def imported(*, scales: bool, ignore: bool) -> list[str]:
+    """Parts of a recipe that were read from other checkpoints."""
+    return ["imported activation scales"] * scales + ["an imported exclude list"] * ignore
+
+
+def percent(value: float | None) -> str:
+    """A share with four digits, nothing for None."""
+    return "" if value is None else f"{100 * value:.4f} %"
 
 
 def size(nbytes: float) -> str:

@@ -42,8 +42,23 @@ class Sink(Protocol):
         """Where the output is to be seen: the folder, or a URL once it is published."""
 
     @property
+    def address(self) -> str:
+        """What one types to read the output: the folder, or `hf://org/name@branch`; once it is committed."""
+
+    @property
+    def finished(self) -> bool:
+        """Did begin() find a finished output of the same job?"""
+
+    @property
     def entries(self) -> Mapping[str, Entry]:
         """Complete files, of this run and of an earlier one of the same job."""
+
+    def guard(self, origin: Origin | None) -> None:
+        """Refuse to write what came from there; called once, before begin, which may still refuse it.
+
+        origin  None for a source that is on no Hub
+        Raises RecipeError for the source itself, and where a private source would become public.
+        """
 
     def begin(self, job: str, sizes: Mapping[str, int]) -> None:
         """Check permission, space and what lies there, and find what an earlier run of this job completed.
@@ -103,8 +118,8 @@ def open_sink(
         wish = target or HubTarget()
         return HubSink(
             client or Client(on_event=on_event), parse_address(where), fresh=fresh, private=wish.private,
-            branch=wish.branch, create_pr=wish.create_pr, journal_branch=wish.journal_branch, protect=wish.protect,
-            title=wish.title,
+            branch=wish.branch, create_pr=wish.create_pr, journal_branch=wish.journal_branch,
+            title=wish.title, description=wish.description,
         )  # fmt: skip
     if target is not None:
         raise RecipeError(f"{where}: private, branch, create_pr and journal_branch need a repo: write hf://org/name")

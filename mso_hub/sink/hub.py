@@ -11,24 +11,23 @@ killed, and a journal branch in the repo lets another machine do so.
 from __future__ import annotations
 
 import base64
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote, urlsplit
 
 from mso_hub.checkpoint import Array
-from mso_hub.errors import RecipeError, SinkError, TransientError
+from mso_hub.errors import SinkError, TransientError
 from mso_hub.hub import Address, Client, Origin, RemoteFile, take_snapshot
 from mso_hub.hub.commit import Change, Commit, Put, VanishedError, absent, described, require_valid_card
 from mso_hub.hub.lfs import present
-from mso_hub.hub.lookup import is_commit_of, read_small
+from mso_hub.hub.lookup import head_of, is_commit_of, read_small
 from mso_hub.hub.target import DEFAULT, Access, Target, Wish, create, look
 from mso_hub.hub.upload import Stored, Upload, duplicate
 from mso_hub.sink.background import Background
-from mso_hub.sink.journal import Entry, Journal, header_of
-from mso_hub.sink.mirror import Mirror
+from mso_hub.sink.guard import require_hidden, require_journal_branch, require_other
+from mso_hub.sink.journal import Entry, Journal, cache_folder, header_of, journal_path
+from mso_hub.sink.mirror import BEGUN, Mirror
 from mso_hub.sink.publish import publish
 from mso_hub.sink.survey import EDITABLE, MANIFEST, Survey, parse_manifest
 from mso_hub.sink.target import EMPTY
@@ -58,19 +57,20 @@ class HubSink:
     journal_branch  keep the journal on this branch too, until the output is committed
     cache           folder for the journal; see `cache_folder`
     title           first line of the commit, and title of the pull request
-    protect         repo that must not be written to: the source
+    description     the rest of its message; the pull request begins with it
     """
 
     def __init__(
         self, client: Client, address: Address, *, fresh: bool = False, private: bool = False,
         create_pr: bool = False, branch: str | None = None, journal_branch: str | None = None,
-        cache: Path | None = None, title: str = TITLE, description: str = "", protect: Address | None = None,
+        cache: Path | None = None, title: str = TITLE, description: str = "",
     ) -> None:  # fmt: skip
-        self._client, self._fresh, self._protect = client, fresh, protect
+        self._client, self._fresh = client, fresh
         self._wish = Wish(address, title, branch, create_pr, private)
         self._description, self._journal_branch = description, journal_branch
         self._cache = cache or cache_folder()
         self._commit: Commit | None = None
+        self._origin: Origin | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -80,7 +80,7 @@ class HubSink:
         self._sizes: Mapping[str, int] = {}
         self._entries: dict[str, Entry] = {}
         self._puts: dict[str, Put] = {}
-        self._done = False
+        self._done = self._finished = False
         self._journal: Journal | None = None
         self._mirror: Mirror | None = None
         self._background: Background | None = None
@@ -102,6 +102,19 @@ class HubSink:
         """Page of the pull request or of the branch."""
         page = f"{self._client.endpoint}/{self._wish.address.repo_id}"
         return self.pull_request or (page if self._wish.revision == DEFAULT else f"{page}/tree/{self._wish.revision}")
+
+    @property
+    def address(self) -> str:
+        """Repo, and branch or pull request; that of a new pull request is known once it is committed."""
+        revision = self._target.revision
+        if self._commit and self._commit.pull_request:
+            revision = f"refs/pr/{self._commit.pull_request.rpartition('/')[2]}"
+        return str(Address(self._target.repo_id, None if revision == DEFAULT else revision))
+
+    @property
+    def finished(self) -> bool:
+        """Did begin() find the output of this job, complete?"""
+        return self._finished
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -131,11 +144,8 @@ class HubSink:
     @property
     def journal(self) -> Path:
         """Where the journal of this output lies."""
-        org, _, repo = self._wish.address.repo_id.partition("/")
-        where = "pr" if self._wish.create_pr else quote(self._wish.revision, safe="")
-        host = urlsplit(self._client.endpoint).netloc
-        prefix = "" if host == "huggingface.co" else f"{quote(host, safe='')}--"
-        return self._cache / "journals" / f"{prefix}{org}--{repo}--{where}.journal"
+        place = "pr" if self._wish.create_pr else self._wish.revision
+        return journal_path(self._cache, self._client.endpoint, self._wish.address.repo_id, place)
 
     @property
     def _open_journal(self) -> Journal:
@@ -143,13 +153,21 @@ class HubSink:
             raise SinkError(f"{self.name}: call begin() first, the sink is closed")
         return self._journal
 
+    def guard(self, origin: Origin | None) -> None:
+        """Refuse to write over the source; begin() refuses to publish what is private."""
+        self._origin = origin
+        if origin is not None:
+            require_other(origin, self._client.endpoint, self._wish)
+
     def begin(self, job: str, sizes: Mapping[str, int]) -> None:
         """Refuse what cannot work, then see what is done; a finished output of the same job is done in full."""
         self.close()
         self._reset()
         self._sizes = dict(sizes)
-        self._require_other_than_source()
+        if self._journal_branch is not None:
+            require_journal_branch(self._journal_branch, self._wish)
         access = look(self._client, self._wish)
+        require_hidden(self._origin, self._wish, private=access.private)
         self._account, self._target = access.account, access.target
         if access.exists:
             self._survey = self._surveyed(missing=access.missing)
@@ -163,27 +181,22 @@ class HubSink:
             self.close()
             raise
 
-    def _require_other_than_source(self) -> None:
-        source, wish = self._protect, self._wish
-        if source is None or wish.create_pr or source.repo_id.lower() != wish.address.repo_id.lower():
-            return
-        if (source.revision or DEFAULT) == wish.revision:
-            raise RecipeError(
-                f"{self.name}: input and output must be different repos or branches, the input is {source}; choose "
-                "another repo, or write to a branch of its own with --branch"
-            )
-
     def _surveyed(self, *, missing: bool = False) -> Survey:
         """What lies at the target, or at the default branch where the target's is still to be made from it."""
         repo, revision = self._target.repo_id, DEFAULT if missing else self._target.revision
         snapshot = take_snapshot(self._client, Address(repo, revision))
         inherited = missing or self._target.create_pr
         if revision != DEFAULT and not inherited:
-            inherited = is_commit_of(self._client, repo, snapshot.commit, DEFAULT)
+            inherited = snapshot.commit == head_of(self._client, repo, DEFAULT) or (
+                self.journal.exists() and is_commit_of(self._client, repo, snapshot.commit, DEFAULT)
+            )
         manifest = None
         if MANIFEST in snapshot.files:
             manifest = read_small(self._client, repo, MANIFEST, snapshot.commit)
-        return Survey(self.name, snapshot.commit, snapshot.files, inherited, parse_manifest(manifest or b""))
+        return Survey(
+            self.address, snapshot.commit, snapshot.files, inherited, parse_manifest(manifest or b""),
+            proposal=self._target.in_pull_request,
+        )  # fmt: skip
 
     def _accept(self, job: str, access: Access) -> None:
         """The output is finished: its entries come from its manifest."""
@@ -196,7 +209,7 @@ class HubSink:
         if access.missing:
             create(self._client, access, private=False)
         self._commit = described(self._client, self._target, survey.commit)
-        self._done = True
+        self._done = self._finished = True
         if header_of(self.journal).get("job") == job:  # an earlier run ended between its commit and this line
             self.journal.unlink(missing_ok=True)
         if self._journal_branch is not None:
@@ -219,7 +232,7 @@ class HubSink:
         if access.missing or not access.exists:
             self._survey = self._surveyed()
         if self._mirror is not None:
-            remote = self._mirror.load(job, fresh=self._fresh and not again)
+            remote = self._mirror.load(job, fresh=self._fresh and not again, begun=BEGUN in self._journal.notes)
             for name in remote.files.keys() - self._journal.files.keys():
                 self._journal.done(name, remote.files[name], remote.extras[name])
             for key in remote.notes.keys() - self._journal.notes.keys():
@@ -292,6 +305,8 @@ class HubSink:
                 return
             journal.done(file, entry, extras)
         if self._mirror is not None:
+            if BEGUN not in journal.notes:
+                journal.note(BEGUN, 1.0)
             self._mirror.save(journal.progress)
         self._puts[file] = Put(stored.nbytes, stored.sha256, stored.content)
         self._entries[file] = entry
@@ -354,6 +369,8 @@ class HubSink:
             journal.undo(name)
             self._entries.pop(name, None)
         if self._mirror is not None:
+            if BEGUN not in journal.notes:
+                journal.note(BEGUN, 1.0)
             self._mirror.save(journal.progress)
         return TransientError(
             f"{self.name}: the Hub no longer has {len(dict.fromkeys(lost or objects))} of {len(objects)} stored files, "
@@ -380,11 +397,3 @@ class HubSink:
         if not journal.files and not journal.notes:
             self.journal.unlink(missing_ok=True)
         journal.close()
-
-
-def cache_folder() -> Path:
-    """MSO_HUB_CACHE, else mso_hub below XDG_CACHE_HOME or ~/.cache."""
-    if os.environ.get("MSO_HUB_CACHE"):
-        return Path(os.environ["MSO_HUB_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mso_hub"

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 from mso_hub.errors import ResumeError
 
@@ -188,3 +189,21 @@ class Journal:
     def close(self) -> None:
         """Release the lock."""
         self._file.close()
+
+
+def cache_folder() -> Path:
+    """MSO_HUB_CACHE, else mso_hub below XDG_CACHE_HOME or ~/.cache."""
+    if os.environ.get("MSO_HUB_CACHE"):
+        return Path(os.environ["MSO_HUB_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mso_hub"
+
+
+def journal_path(cache: Path, endpoint: str, repo: str, place: str) -> Path:
+    """Where the journal of an output lies.
+
+    place  branch, or "pr" for a pull request
+    """
+    host = urlsplit(endpoint).netloc
+    prefix = "" if host == "huggingface.co" else f"{quote(host, safe='')}--"
+    return cache / "journals" / f"{prefix}{repo.replace('/', '--', 1)}--{quote(place, safe='')}.journal"

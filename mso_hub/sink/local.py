@@ -100,6 +100,7 @@ class LocalSink:
         self._fresh = fresh
         self._journal: Journal | None = None
         self._entries: dict[str, Entry] = {}
+        self._finished = False
 
     @property
     def name(self) -> str:
@@ -110,6 +111,16 @@ class LocalSink:
     def where(self) -> str:
         """Its name."""
         return self.name
+
+    @property
+    def address(self) -> str:
+        """Its name."""
+        return self.name
+
+    @property
+    def finished(self) -> bool:
+        """Did begin() find the output of this job, complete?"""
+        return self._finished
 
     @property
     def notes(self) -> Mapping[str, float]:
@@ -135,11 +146,16 @@ class LocalSink:
             return None
         return job if isinstance(job, str) else None
 
+    def guard(self, origin: Origin | None) -> None:
+        """Nothing: it is not on a Hub, and seen by whom its folder lets."""
+
     def begin(self, job: str, sizes: Mapping[str, int]) -> None:
         """Refuse what cannot work, then see what is done; a finished output of the same job is done in full."""
         finished = self.finished_job()
+        self._finished = False
         if finished == job and not self._fresh:
             self._entries = self._finished_entries(sizes)
+            self._finished = True
             if self.journal.exists():  # the earlier run ended between its last rename and this line
                 self.journal.unlink(missing_ok=True)
             return
@@ -172,6 +188,8 @@ class LocalSink:
             )
         if not self._target.exists() or (self._target.is_dir() and not any(self._target.iterdir())):
             return
+        if not self._target.is_dir():
+            raise SinkError(f"{self.path}: is a file, the output must be a new or empty folder; choose another name")
         if finished is None:
             raise SinkError(
                 f"{self.path}: the output must be a new or empty folder, found files that are not of this tool "

@@ -29,6 +29,7 @@ class MemorySink:
     def __init__(self, name: str = "memory") -> None:
         self._name = name
         self._job = ""
+        self._finished = False
         self._staged: dict[str, bytes] = {}
         self._entries: dict[str, Entry] = {}
         self._notes: dict[str, float] = {}
@@ -50,6 +51,16 @@ class MemorySink:
         return self.name
 
     @property
+    def address(self) -> str:
+        """Its name."""
+        return self.name
+
+    @property
+    def finished(self) -> bool:
+        """Did begin() find the output of this job, complete?"""
+        return self._finished
+
+    @property
     def notes(self) -> Mapping[str, float]:
         """Numbers of an earlier run of this job."""
         return self._notes
@@ -59,6 +70,9 @@ class MemorySink:
         """Complete files."""
         return self._entries
 
+    def guard(self, origin: Origin | None) -> None:
+        """Nobody else sees it."""
+
     def begin(self, job: str, sizes: Mapping[str, int]) -> None:
         """Refuse another job than the one that is here."""
         if self._job not in ("", job):
@@ -66,6 +80,7 @@ class MemorySink:
         self._job = job
         self._staged = {f: d for f, d in self._staged.items() if sizes.get(f) == len(d)}
         self._entries = {f: self._entries[f] for f in self._staged}
+        self._finished = bool(self.files) and self._staged.keys() == sizes.keys()
 
     @contextmanager
     def open(self, file: str, nbytes: int) -> Iterator[_Buffer]:

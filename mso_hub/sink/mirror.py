@@ -10,39 +10,43 @@ import json
 import threading
 from collections.abc import Mapping
 
-from mso_hub.errors import RecipeError, ResumeError
+from mso_hub.errors import ResumeError
 from mso_hub.hub.client import Client
 from mso_hub.hub.commit import Change, MovedError, Put, send_commit
 from mso_hub.hub.lookup import create_branch, delete_branch, head_of, read_small, refs
-from mso_hub.hub.target import Target
+from mso_hub.hub.target import DEFAULT, Target
 from mso_hub.sink.journal import Progress, parse_header
 
 FILE = "mso_hub.journal"
+
+
+BEGUN = "journal branch is begun"
+"""Note in the journal: a branch without a journal of ours may be one that we made and did not get to fill."""
 
 
 class Mirror:
     """A journal branch; it is made with the first shard."""
 
     def __init__(self, client: Client, target: Target, branch: str, account: str) -> None:
-        if branch == target.revision or target.in_pull_request:
-            raise RecipeError(
-                f"{target}: --journal_branch {branch} needs a branch of its own in a repo that this account may write "
-                f"to, the output goes to {'a pull request' if target.in_pull_request else 'the same branch'}; "
-                "leave it away, or choose another one"
-            )
         self._client, self._account = client, account
         self._target = Target(target.repo_id, branch)
         self._parent: str | None = None
         self._kept: set[str] = set()
         self._lock = threading.Lock()  # copies and uploads are recorded by different threads
 
-    def load(self, job: str, *, fresh: bool) -> Progress:
-        """What an earlier run, on whatever machine, wrote down; ResumeError for another job's."""
+    def load(self, job: str, *, fresh: bool, begun: bool = False) -> Progress:
+        """What an earlier run, on whatever machine, wrote down; ResumeError for another job's.
+
+        begun  an earlier run on this machine was about to make the branch: it may be there without a journal
+        """
         repo, branch, progress = self._target.repo_id, self._target.revision, Progress(job)
         if branch not in refs(self._client, repo)[0]:
             return progress
         head = head_of(self._client, repo, branch)
         text = read_small(self._client, repo, FILE, head)
+        if text is None and begun and head == head_of(self._client, repo, DEFAULT):
+            self._parent = head  # made from there, by a run that ended before it wrote anything
+            return progress
         if text is None:
             raise ResumeError(
                 f"{self._target}: --journal_branch must be new or of an earlier run, this branch has no {FILE}; "
@@ -72,7 +76,7 @@ class Mirror:
             FILE: Put.of(text),
         }
         parent = self._parent or self._begun()
-        title = f"{len(objects)} shards are stored"
+        title = "1 shard is stored" if len(objects) == 1 else f"{len(objects)} shards are stored"
         try:
             change = Change(parent, title, self._account, puts=puts)
             self._parent = send_commit(self._client, self._target, change).oid

@@ -50,5 +50,5 @@ def _require_harmless(old: Survey, new: Survey, change: Change) -> None:
         raise HubError(
             f"{new.name}: somebody committed {harm[0]} there while this run went on (commit {new.commit[:12]}, it was "
             f"{old.commit[:12]}); nothing was overwritten and what is uploaded is kept; remove it there and run the "
-            "same command again, or choose another repo or --branch"
+            f"same command again, or {'choose another repo' if new.proposal else 'choose another repo or --branch'}"
         )

@@ -27,6 +27,7 @@ class Survey:
 
     inherited  everything there also lies on the default branch, or stays there: it may be replaced
     manifest   mso_hub.json of an earlier output, {} without one
+    proposal   it is a pull request
     """
 
     name: str
@@ -34,6 +35,14 @@ class Survey:
     files: Mapping[str, RemoteFile] = field(default_factory=dict)
     inherited: bool = False
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    proposal: bool = False
+
+    @property
+    def elsewhere(self) -> str:
+        """Ways out that replace nothing."""
+        if self.proposal:
+            return "close this pull request, and the same command opens a new one"
+        return "choose another repo, write to a branch of its own with --branch, or propose it with --create_pr"
 
     @property
     def finished(self) -> str | None:
@@ -51,7 +60,7 @@ class Survey:
         """SinkError when something lies there that this run must not replace."""
         if self.inherited:
             return
-        elsewhere = "choose another repo, write to a branch of its own with --branch, or propose it with --create_pr"
+        elsewhere = self.elsewhere
         if self.finished is None:
             foreign = sorted(self.files.keys() - NEUTRAL)
             if foreign:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from mso_hub.hub import Address
-
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
 
 
@@ -19,13 +17,13 @@ class HubTarget:
     branch          write to this branch, made from the default branch where it is missing
     create_pr       open a pull request (or add to the one that an earlier run opened) instead of writing to a branch
     journal_branch  keep the journal on this branch too while the run goes on, so that another machine can finish it
-    protect         repo and revision that must not be written to: the source
     title           of the commit or pull request; an earlier pull request is found by it
+    description     the rest of the commit message; a new pull request begins with it
     """
 
     private: bool = False
     branch: str | None = None
     create_pr: bool = False
     journal_branch: str | None = None
-    protect: Address | None = None
     title: str = "Upload with mso_hub"
+    description: str = ""

@@ -48,6 +48,9 @@ class Source(Protocol):
     def read(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a file as a writable array of its own; CheckpointError when the file is shorter."""
 
+    def read_apart(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
+        """As `read`, for bytes that another job has announced and will read again: beside the stream, unchecked."""
+
     def stamp(self, file: str) -> str:
         """Changes when the file's content changes: a commit hash, an object id, or size and time of change."""
 
@@ -79,6 +82,9 @@ def open_source(where: str | Path, *, client: Client | None = None, on_event: Li
     path = Path(where)
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
-        hint = f"; for the repo on the Hub write hf://{where}" if found == "nothing" and looks_like_repo(where) else ""
-        raise CheckpointError(f"{where}: the input must be a folder with safetensors files, found {found} there{hint}")
+        repo = where if looks_like_repo(where) else "org/name"
+        raise CheckpointError(
+            f"{where}: the input must be a folder with safetensors files, found {found} there; for a repo on the Hub "
+            f"write hf://{repo}"
+        )
     return LocalSource(path)

@@ -28,6 +28,7 @@ STEP = 4 << 20
 """Bytes that are handed on at once at most: the grain of the limit."""
 HELPERS = 2
 """Threads that fetch pieces."""
+GIT_DIGITS = 40
 UNTOUCHED = 4
 """Jobs that are planned before one of their reads was made, at most."""
 
@@ -42,7 +43,7 @@ class Transport(Protocol):
         """Bytes of a file."""
 
     def digest(self, file: str) -> str | None:
-        """SHA-256 that a stream of the whole file must have; None when nobody knows it."""
+        """SHA-256 or, in 40 digits, git object id that a stream of the whole file must have; None: nobody knows it."""
 
     def streamed(self, file: str) -> None:
         """The stream of a file is complete: its first bytes need not be remembered any longer."""
@@ -70,7 +71,8 @@ class Fetcher:
     """Reads announced jobs ahead of their use.
 
     The first job that mainly reads a file streams all of it, so that its SHA-256 can be compared; a later job fetches
-    only the ranges that it needs of it, and files that are not a job's main one are read in pieces, unchecked.
+    only the ranges that it needs of it, and files that are not a job's main one are read in pieces, unchecked: who
+    decides by their bytes has to compare, as the engine does with the amax of partners in other shards.
 
     name   of the source, for messages
     ahead  bytes that may wait to be used, on top of what a job's order of reads forces it to hold
@@ -241,8 +243,8 @@ class Fetcher:
         self._hashed.add(file)
         if stream.found() != stream.digest:
             raise CheckpointError(
-                f"{self._name}/{file}: its SHA-256 must be {stream.digest} as the Hub says, the bytes that came have "
-                f"{stream.found()}; they were changed on their way or in storage: run the same command again"
+                f"{self._name}/{file}: its {stream.kind} must be {stream.digest} as the Hub says, the bytes that came "
+                f"have {stream.found()}; they were changed on their way or in storage: run the same command again"
             )
 
 
@@ -251,7 +253,7 @@ class _Stream:
 
     slots   of the cells, sorted by their begin; they may overlap
     parts   ranges to fetch, in order
-    digest  SHA-256 that all the bytes must have together; None: nothing is computed
+    digest  SHA-256 or git object id that all the bytes must have together; None: nothing is compared
     """
 
     def __init__(
@@ -264,6 +266,8 @@ class _Stream:
         self._at, self._rest = 0, memoryview(b"")
         self.digest = digest
         self._hash = hashlib.sha256()
+        if self.kind != "SHA-256":
+            self._hash = hashlib.sha1(b"blob %d\0" % transport.size(file), usedforsecurity=False)
 
     @staticmethod
     def _flow(
@@ -306,8 +310,13 @@ class _Stream:
             self._window.fill(slot, low - slot.cell.begin, data[low - self._at : high - self._at])
         self._active = [slot for slot in self._active if slot.cell.end > stop]
 
+    @property
+    def kind(self) -> str:
+        """What `digest` is: by its length."""
+        return "git object id" if self.digest is not None and len(self.digest) == GIT_DIGITS else "SHA-256"
+
     def found(self) -> str:
-        """SHA-256 of everything that came."""
+        """The same of everything that came."""
         return self._hash.hexdigest()
 
     def close(self) -> None:

@@ -87,8 +87,12 @@ class HubSource:
 
     @property
     def origin(self) -> Origin:
-        """Hub, repo and commit."""
-        return Origin(self._client.endpoint, self.repo_id, self.commit)
+        """Hub, repo, commit and who may read it."""
+        found = self._snapshot
+        return Origin(
+            self._client.endpoint, self.repo_id, self.commit, self._address.revision,
+            private=found.private, gated=found.gated,
+        )  # fmt: skip
 
     def remote(self, file: str) -> RemoteFile:
         """What the Hub knows about a file."""
@@ -135,8 +139,13 @@ class HubSource:
         if begin >= end:
             return np.empty(0, np.uint8)
         announced = self._fetcher.take((file, begin, end))
-        if announced is not None:
-            return announced
+        return announced if announced is not None else self.read_apart(file, begin, end)
+
+    def read_apart(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
+        """Bytes [begin, end) by a request of its own: what was announced stays for those who announced it."""
+        found = self._file(file)
+        if begin >= end:
+            return np.empty(0, np.uint8)
         if found.sha256 is None and found.nbytes <= SMALL:
             return np.frombuffer(bytearray(self._whole(file)[begin:end]), np.uint8)
         if begin == 0 and file.endswith(".safetensors"):
@@ -181,7 +190,7 @@ class _Heads:
         return self._download.size(self._below + file)
 
     def digest(self, file: str) -> str | None:
-        """SHA-256 that a stream of the whole file must have."""
+        """What a stream of the whole file must have: SHA-256, or a git object id."""
         return self._download.digest(self._below + file)
 
     def streamed(self, file: str) -> None:

@@ -63,6 +63,10 @@ class MemorySource:
     def close(self) -> None:
         """Nothing to let go of."""
 
+    def read_apart(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
+        """The same as `read`."""
+        return self.read(file, begin, end)
+
     def read(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of `file`."""
         self.reads.append((file, begin, end))

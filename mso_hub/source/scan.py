@@ -99,9 +99,12 @@ def read_checkpoint(source: Source) -> Checkpoint:
     shards = {name: read_shard(source, name, size) for name, size in own.items() if name.endswith(".safetensors")}
     if not shards:
         models = f", models of their own in {', '.join(apart)}" if apart else ""
+        old = any(name.endswith((".bin", ".pth", ".pt", ".gguf")) for name in own)
+        way_out = (
+            "convert .bin or .pth weights to safetensors first" if old else "give the folder or the branch of the model"
+        )
         raise CheckpointError(
-            f"{source.name}: needs at least one .safetensors file, found {len(own)} other files{models}; "
-            "convert .bin or .pth weights to safetensors first, or give the folder of the model"
+            f"{source.name}: needs at least one .safetensors file, found {len(own)} other files{models}; {way_out}"
         )
     indices = [name for name in own if name.endswith(INDEX_SUFFIX)]
     groups = [_indexed_group(name, source, shards, files) for name in indices]

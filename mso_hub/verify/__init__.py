@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mso_hub.verify.compare import Comparison, compare_checkpoints
+from mso_hub.verify.manifest import MANIFEST, has_foreign_card, made_from, read_manifest
 from mso_hub.verify.report import Report, TensorError
-from mso_hub.verify.run import MANIFEST, Opened, like, opening, verify_checkpoint
+from mso_hub.verify.run import Opened, like, opening, verify_checkpoint
 
 __all__ = [
     "MANIFEST",
@@ -13,7 +14,10 @@ __all__ = [
     "Report",
     "TensorError",
     "compare_checkpoints",
+    "has_foreign_card",
     "like",
+    "made_from",
     "opening",
+    "read_manifest",
     "verify_checkpoint",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,9 +26,9 @@ from mso_hub.plan.fusion import unit_of, units
 from mso_hub.plan.text import text_model
 from mso_hub.source import Source, open_source, read_checkpoint
 from mso_hub.verify.config import config_problems
+from mso_hub.verify.manifest import check_manifest, wrong_source
 from mso_hub.verify.report import Report, TensorError
 
-MANIFEST = "mso_hub.json"
 CHUNK = 8 << 20
 ROWS = 480
 """Row ranges are multiples of this: every decoder may start there."""
@@ -97,7 +96,7 @@ def verify_checkpoint(
 
 def _verify(mine: Opened, theirs: Opened | None, reference: str | Path | None, on_event: Listener) -> Report:
     weights = list(mine.weights.values())
-    problems, hashed = _check_manifest(mine.source)
+    problems, hashed = check_manifest(mine.source)
     problems += _index_problems(mine)
     problems += _file_problems(mine)
     problems += config_problems(mine.checkpoint, weights, mine.runtime_scales)
@@ -105,17 +104,19 @@ def _verify(mine: Opened, theirs: Opened | None, reference: str | Path | None, o
     problems += scale_problems
     identical = 0
     errors: list[TensorError] = []
+    far: list[str] = []
     equal: dict[str, int] = {}
     with ThreadPoolExecutor(default_workers()) as pool:
         if theirs is not None:
-            problems += _missing(mine, theirs)
+            far += _missing(mine, theirs)
             pairs = [(w, theirs.weights[n]) for n, w in mine.weights.items() if n in theirs.weights]
             for pair, outcome in zip(pairs, pool.map(lambda p: distance(mine, theirs, *p), pairs), strict=True):
                 on_event(TensorDone(pair[0].name, pair[1].nbytes))
                 identical += outcome is None
                 if outcome is not None:
                     errors.append(outcome)
-                    problems += _too_far(outcome, pair[0])
+                    far += _too_far(outcome, pair[0])
+            problems = [*wrong_source(mine.source, theirs.source, far), *problems, *far]
         if reference is not None:
             equal, different = _compare_reference(mine, theirs, reference, pool)
             problems += different
@@ -123,37 +124,6 @@ def _verify(mine: Opened, theirs: Opened | None, reference: str | Path | None, o
         mine.source.name, tuple(problems), sum(len(s.tensors) for s in mine.checkpoint.shards.values()),
         sum(w.decoder is not None for w in weights), hashed, shared, identical, tuple(errors), equal,
     )  # fmt: skip
-
-
-def _check_manifest(source: Source) -> tuple[list[str], int]:
-    """Files against the SHA-256 of mso_hub.json, where there is one: (problems, files that agree)."""
-    files = source.files()
-    if MANIFEST not in files:
-        return [], 0
-    problems, good = [], 0
-    try:
-        announced = json.loads(source.read(MANIFEST, 0, files[MANIFEST]).tobytes())["files"].items()
-        for name, entry in announced:
-            if files.get(name) != entry["nbytes"]:
-                problems.append(f"{name}: had {entry['nbytes']:,} bytes when it was written, found {files.get(name)}")
-            elif _sha256(source, name, files[name]) != entry["sha256"]:
-                problems.append(f"{name}: its SHA-256 differs from {MANIFEST}; the file changed after it was written")
-            else:
-                good += 1
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problems.append(f"{MANIFEST}: not a manifest of this tool ({error!r})")
-    return problems, good
-
-
-def _sha256(source: Source, name: str, size: int) -> str:
-    """As the repo vouches for it (the Hub hashes what it stores), else of every byte."""
-    known = source.sha256(name)
-    if known is not None:
-        return known
-    digest = hashlib.sha256()
-    for begin in range(0, size, CHUNK):
-        digest.update(source.read(name, begin, min(begin + CHUNK, size)).data)
-    return digest.hexdigest()
 
 
 def _index_problems(mine: Opened) -> Iterator[str]:

@@ -197,10 +197,25 @@ def test_a_partner_in_another_shard_is_read_once_more_and_noted() -> None:
     gate, up, down = names(0)
     sink = MemorySink()
     assert passes(split_unit(), sink, ThreadEngine(2)) == {gate: 1.0, up: 2.0, down: 1.0}
-    (unit,) = sink.notes
-    assert unit == "model.layers.0.mlp.gate_up_proj"
     tensors = matrices(0)
-    assert sink.notes[unit] == max(float(tensors[gate].abs().max()), float((tensors[up] * 8).abs().max()))
+    assert sink.notes == {gate: float(tensors[gate].abs().max()), up: float((tensors[up] * 8).abs().max())}
+
+
+def test_a_partner_that_was_read_wrong_is_noticed_when_its_own_shard_comes() -> None:
+    """What is read beside a stream is not hashed: the shard that holds the partner tells whether it was right."""
+    gate, up, _ = names(0)
+    source = MemorySource(split_unit())
+    plan = mso_hub.make_plan(source, Recipe())
+
+    def damaged(file: str, begin: int, end: int) -> np.ndarray:
+        """Another largest value than the stream has."""
+        return source.read(file, begin, end) // 2
+
+    run = ThreadEngine(2).run(plan, plan.shards, source.read, {}, apart=damaged)
+    with pytest.raises(CheckpointError, match=rf"{up}: its largest value was .* it is .* now; .*--fresh"):
+        list(run)
+    assert len(list(ThreadEngine(2).run(plan, plan.shards, source.read, {}, apart=source.read))) > 0
+    assert gate != up
 
 
 def test_the_note_serves_the_run_that_resumes() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from mso_hub.errors import HubError, MsoError, RecipeError, TransientError
 from mso_hub.events import Event, Waiting
-from mso_hub.hub import Address, Client, Patience, take_snapshot
+from mso_hub.hub import Address, Client, Origin, Patience, take_snapshot
 from mso_hub.hub.client import default_patience, mask
 from mso_hub.source.hub import HubSource
 from tests.hub.serving import QUICK, Served, isolated, serving
@@ -119,13 +120,27 @@ def test_a_private_repo_of_somebody_else(served: Served) -> None:
     bob = served.hub.add_user("bob")
     assert "no such repo, or it is private" in str(refused(served.client(token=bob), Address(repo)))
     assert "or log in with `hf auth login` or set HF_TOKEN" in str(refused(served.client(token=False), Address(repo)))
-    assert take_snapshot(served.client(), Address(repo)).files
+    found = take_snapshot(served.client(), Address(repo))
+    assert found.files
+    assert (found.private, found.gated) == (True, False)
+    source = HubSource(served.client(), Address(repo, "main"))
+    assert source.origin == Origin(served.hub.endpoint, repo, found.commit, "main", private=True)
+    source.close()
+
+
+def test_every_request_says_which_program_asks(served: Served, repo: str) -> None:
+    client = served.client()
+    expected = f"mso_hub/{version('mso-hub')};"
+    assert client.headers()["user-agent"].startswith(expected)
+    assert client.api._build_hf_headers()["user-agent"].startswith(expected)
 
 
 def test_a_gated_repo(served: Served) -> None:
     """Its card is public: only a check of its own tells that the files are not."""
     repo = served.put({"config.json": b"{}"})
     served.client().api.update_repo_settings(repo, gated="manual")
+    found = take_snapshot(served.client(), Address(repo))
+    assert (found.private, found.gated) == (False, True)
     bob = served.hub.add_user("bob")
     error = refused(served.client(token=bob), Address(repo, "main"))
     assert f"is gated and this account has no access; ask for access on {served.hub.endpoint}/{repo}" in str(error)

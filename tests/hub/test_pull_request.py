@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from huggingface_hub import HfApi
 
 from mso_hub.errors import HubError, MsoError, RecipeError, SinkError
-from mso_hub.hub import Address, Client
+from mso_hub.hub import Address, Client, Origin
 from mso_hub.hub.devhub import DevHub
+from mso_hub.hub.permission import require_branch_name
 from mso_hub.hub.pull_request import find_own
 from mso_hub.sink.hub import HubSink
 from tests.hub.outputs import JOB, MIB, OTHER_JOB, Place, finish, manifest, noise, serving, sizes, write
@@ -65,8 +67,10 @@ def proposed(place: Place, token: str, files: dict[str, bytes] = FILES, job: str
 def test_a_proposal_needs_no_permission_and_leaves_the_branch_alone(place: Place, bob: str) -> None:
     theirs(place)
     before = place.head()
-    sink = proposed(place, bob)
+    sink = proposed(place, bob, description="Why.")
     assert pulls(place) == [(1, TITLE, "bob")]
+    assert "Why." in str(place.api.get_discussion_details(place.repo, 1).events[0])
+    assert sink.address == f"hf://{place.repo}@refs/pr/1"
     assert sink.pull_request == sink.where == f"{place.hub.endpoint}/{place.repo}/discussions/1"
     assert place.head() == before
     seen = place.visible("refs/pr/1")
@@ -80,6 +84,8 @@ def test_the_same_command_again_finds_its_proposal_finished(place: Place, bob: s
     proposed(place, bob)
     place.hub.log(clear=True)
     again = proposed(place, bob)
+    assert again.finished
+    assert again.address == f"hf://{place.repo}@refs/pr/1"
     assert pulls(place) == [(1, TITLE, "bob")]
     assert place.sent() == 0
     assert again.pull_request == f"{place.hub.endpoint}/{place.repo}/discussions/1"
@@ -88,8 +94,10 @@ def test_the_same_command_again_finds_its_proposal_finished(place: Place, bob: s
 def test_an_earlier_proposal_of_another_job_is_continued_with_fresh(place: Place, bob: str) -> None:
     theirs(place)
     proposed(place, bob, {**FILES, "old.json": b"{}"}, OTHER_JOB)
-    with pytest.raises(SinkError, match=f"{OTHER_JOB[:12]}.*{JOB[:12]}"):
+    with pytest.raises(SinkError, match=f"hf://{place.repo}@refs/pr/1: .*{OTHER_JOB[:12]}.*{JOB[:12]}") as caught:
         proposed(place, bob)
+    assert "--create_pr" not in str(caught.value)
+    assert "close this pull request, and the same command opens a new one, or replace it" in str(caught.value)
     newer = {**FILES, NEW: noise(2 * MIB, "newer")}
     sink = proposed(place, bob, newer, fresh=True)
     assert pulls(place) == [(1, TITLE, "bob")]
@@ -200,7 +208,24 @@ def test_a_token_that_nobody_has(place: Place) -> None:
 
 def test_a_repo_of_somebody_else_is_refused(place: Place, bob: str) -> None:
     place.create()
-    refused(place, HubError, r"may not do that.*--create_pr", token=bob)
+    refused(place, HubError, r"may not do that.*bob may write to: bob; .*--create_pr", token=bob)
+    namespace = f"team{place.repo[8:]}"
+    refused(
+        place, HubError, rf"may not do that.*carla may write to: carla, {namespace}; .*--create_pr",
+        token=place.hub.add_user("carla", orgs=[namespace]),
+    )  # fmt: skip
+
+
+def test_a_new_repo_in_a_namespace_of_somebody_else_is_refused(place: Place, bob: str) -> None:
+    """It leads nowhere to propose something to a repo that is not there."""
+    sink = place.sink(token=bob)
+    with pytest.raises(HubError, match=r"may not do that: create it .*; bob may write to: bob; choose") as caught:
+        sink.begin(JOB, sizes(FILES))
+    assert "--create_pr" not in str(caught.value)
+    assert not sink.journal.exists()
+    refused(
+        place, HubError, r"found none; .*leave --create_pr away .*\(bob may write to: bob\)", token=bob, create_pr=True
+    )
 
 
 def test_a_private_repo_of_somebody_else_does_not_exist(place: Place, bob: str) -> None:
@@ -243,18 +268,124 @@ def test_settings_that_contradict_each_other(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("revision", "how"), [(None, {}), ("main", {}), ("dev", {"branch": "dev"}), ("x", {"at": "x"})]
+    ("revision", "how"),
+    [(None, {}), ("main", {}), (None, {"at": "main"}), ("dev", {"branch": "dev"}), ("x", {"at": "x"})],
 )
 def test_the_source_is_never_the_target(place: Place, revision: str | None, how: dict[str, str]) -> None:
-    source = Address(place.repo.upper(), revision)
-    refused(place, RecipeError, "input and output must be different repos or branches", protect=source, **how)
+    source = Origin(place.hub.endpoint + "/", place.repo.upper(), "0" * 40, revision)
+    place.hub.log(clear=True)
+    with pytest.raises(RecipeError, match="input and output must be different repos or branches, the input is hf://"):
+        place.sink(**how).guard(source)
+    assert not place.hub.log()
 
 
-def test_another_branch_of_the_source_is_a_target(place: Place) -> None:
+def test_another_branch_of_the_source_another_hub_and_a_proposal_are_targets(place: Place, bob: str) -> None:
     theirs(place)
-    finish(place.sink(branch="nvfp4", protect=Address(place.repo)), FILES)
+    source = Origin(place.hub.endpoint, place.repo, place.head())
+    sink = place.sink(branch="nvfp4")
+    sink.guard(source)
+    finish(sink, FILES)
     assert set(place.visible("nvfp4")) == {*FILES, "mso_hub.json", "tokenizer.json", "README.md"}
     assert "mso_hub.json" not in place.visible()
+    place.sink().guard(replace(source, endpoint="https://huggingface.co"))
+    place.sink().guard(None)
+    place.sink(token=bob, create_pr=True).guard(source)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a..b", "a b", "-a", "/a", "a/", "a//b", ".a", "a/.b", "a.", "a.lock", "a.lock/b", "a@{b", "@", "HEAD", "a~1",
+     "a^", "a:b", "a?", "a*", "a[b", "a\\b", "a\x7f", "a\tb", "", "main/a"],
+)  # fmt: skip
+def test_names_that_git_refuses_leave_nothing_behind(place: Place, name: str) -> None:
+    refused(place, RecipeError, r"--branch must be the name of a git branch, found .*letters", branch=name)
+    refused(place, RecipeError, r"--journal_branch must be the name of a git branch, found", journal_branch=name)
+    assert not place.api.repo_exists(place.repo)
+
+
+@pytest.mark.parametrize("name", ["a", "w4/a16", "v1.0", "a-b_c", "a@b", "lock", "HEADS", "x/main", "maine"])
+def test_names_that_git_takes(name: str) -> None:
+    require_branch_name(name, "--branch", "hf://a/b")
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "reason"),
+    [
+        ({"branch": "x"}, "x", "the output goes to the same branch"),
+        ({}, "main", "the output goes to the same branch"),
+        ({"branch": "x"}, "x/journal", "git takes no such name beside x"),
+        ({"branch": "x/y"}, "x", "git takes no such name beside x/y"),
+        ({}, "refs/pr/1", "git takes no such name"),
+        ({"branch": "x"}, "main", "this is the default branch"),
+        ({"create_pr": True}, "wip", "the output goes to a pull request"),
+        ({"at": "refs/pr/3"}, "wip", "the output goes to a pull request"),
+    ],
+)
+def test_a_journal_branch_is_a_branch_of_its_own(place: Place, how: dict[str, Any], name: str, reason: str) -> None:
+    refused(
+        place, RecipeError, rf"--journal_branch {name} needs a branch of its own.*{reason}", journal_branch=name, **how
+    )
+    assert not place.api.repo_exists(place.repo)
+
+
+# --- who may see it -----------------------------------------------------------------------------------
+
+
+def secret(place: Place) -> Origin:
+    """A private source."""
+    return Origin(place.hub.endpoint, "dev/secret", "0" * 40, private=True)
+
+
+def test_a_public_repo_is_not_taken_for_a_private_one(place: Place, bob: str) -> None:
+    place.create()
+    refused(
+        place, SinkError, f"^hf://{place.repo}: is public, and --private only makes a new repo private; make it",
+        private=True,
+    )  # fmt: skip
+    refused(place, RecipeError, "is public and so are pull requests to it", private=True, create_pr=True, token=bob)
+    place.api.update_repo_settings(place.repo, private=True)
+    finish(place.sink(private=True), FILES)
+    assert place.api.model_info(place.repo).private
+
+
+def test_a_finished_public_output_is_not_accepted_as_private(place: Place) -> None:
+    finish(place.sink(), FILES)
+    refused(place, SinkError, "is public, and --private only", private=True)
+
+
+def test_a_private_source_gets_no_public_output(place: Place, bob: str) -> None:
+    new = place.sink()
+    new.guard(secret(place))
+    with pytest.raises(
+        RecipeError, match=f"^hf://dev/secret is private, hf://{place.repo} would be public; give --pri"
+    ):
+        new.begin(JOB, sizes(FILES))
+    assert not place.api.repo_exists(place.repo)
+    assert not new.journal.exists()
+    theirs(place)
+    for how in ({"branch": "x"}, {"create_pr": True, "token": bob}):
+        old = place.sink(**how)
+        old.guard(secret(place))
+        with pytest.raises(RecipeError, match=r"would be public; choose a private repo"):
+            old.begin(JOB, sizes(FILES))
+    assert {branch.name for branch in place.api.list_repo_refs(place.repo).branches} == {"main"}
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_private_source_gets_a_private_output(place: Place, *, existing: bool) -> None:
+    if existing:
+        place.api.create_repo(place.repo, private=True)
+    sink = place.sink(private=not existing)
+    sink.guard(secret(place))
+    finish(sink, FILES)
+    assert place.api.model_info(place.repo).private
+
+
+def test_a_gated_source_may_have_a_public_output(place: Place) -> None:
+    sink = place.sink()
+    sink.guard(replace(secret(place), private=False, gated=True))
+    finish(sink, FILES)
+    assert not place.api.model_info(place.repo).private
 
 
 def test_a_part_of_a_repo_is_no_target(place: Place) -> None:

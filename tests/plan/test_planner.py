@@ -369,7 +369,7 @@ def test_a_pattern_must_match_in_some_name_space() -> None:
 
 def test_an_unknown_scheme_is_refused() -> None:
     """The error lists what there is."""
-    with pytest.raises(RecipeError, match="scheme must be one of nvfp4, bf16, got 'int3'"):
+    with pytest.raises(RecipeError, match="format must be one of nvfp4, bf16, got 'int3'"):
         plan_of(checkpoint_files({"m.safetensors": mlp()}, CONFIG), scheme="int3")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mso_hub.errors import MsoError, ResumeError
+from mso_hub.hub import Origin
 from mso_hub.sink import Entry, Sink
 
 JOB, OTHER_JOB = "a" * 64, "b" * 64
@@ -181,6 +182,28 @@ class SinkContract:
         second.close()
         assert self.visible() == before
 
+    def test_only_what_an_earlier_run_finished_is_found_finished(self) -> None:
+        """Not what this run finishes, nor what is half done."""
+        sink = self.open()
+        assert not sink.finished
+        for names in ((FIRST,), (SECOND, NESTED, EMPTY)):
+            sink.begin(JOB, SIZES)
+            assert not sink.finished
+            put(sink, *names)
+            sink.close()
+        sink.begin(JOB, SIZES)
+        sink.commit(self.manifest(sink))
+        assert not sink.finished
+        sink.close()
+
+    def test_the_guard_lets_a_source_pass_that_is_nowhere_near(self) -> None:
+        """And one that is on no Hub."""
+        sink = self.open()
+        for origin in (None, Origin("https://example.org", "org/name", "0" * 40, gated=True)):
+            sink.guard(origin)
+        sink.begin(JOB, SIZES)
+        sink.close()
+
     def test_commit_is_idempotent(self) -> None:
         """A run that finds everything done commits again, and nothing changes."""
         sink = self.started()
@@ -190,6 +213,7 @@ class SinkContract:
         sink.close()
         before = self.visible()
         sink = self.started()
+        assert sink.finished
         assert dict(sink.entries) == entries
         sink.commit(manifest)
         sink.commit(manifest)

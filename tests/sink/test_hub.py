@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from mso_hub.errors import HubError, RecipeError, ResumeError, SinkError
-from mso_hub.hub import Origin
+from mso_hub.errors import HubError, RecipeError, ResumeError, SinkError, TransientError
+from mso_hub.hub import Origin, parse_address, take_snapshot
 from mso_hub.hub.devhub import DevHub
-from mso_hub.sink import Sink
-from mso_hub.sink.hub import HubSink, cache_folder
-from mso_hub.sink.journal import Entry
+from mso_hub.sink import HubTarget, Sink, open_sink
+from mso_hub.sink.hub import HubSink
+from mso_hub.sink.journal import Entry, cache_folder
 from tests.hub.outputs import JOB, MIB, OTHER_JOB, Place, finish, manifest, noise, serving, sizes, write
 from tests.sink.contract import SinkContract
 
@@ -97,8 +98,34 @@ def test_everything_appears_in_one_commit(place: Place) -> None:
     assert sink.commit_oid == head.commit_id
     assert sink.commit_url == f"{place.hub.endpoint}/{place.repo}/commit/{head.commit_id}"
     assert sink.where == f"{place.hub.endpoint}/{place.repo}"
+    assert sink.address == f"hf://{place.repo}"
     assert sink.pull_request is None
     assert not list(place.cache.rglob("*.journal"))
+
+
+@pytest.mark.parametrize(
+    ("how", "address"),
+    [
+        ({"at": "main"}, ""),
+        ({"branch": "nvfp4"}, "@nvfp4"),
+        ({"branch": "w4/a16"}, "@w4%2Fa16"),
+        ({"create_pr": True}, "@refs/pr/1"),
+    ],
+)
+def test_the_address_is_what_one_types_to_read_it(place: Place, how: dict[str, Any], address: str) -> None:
+    place.create()
+    sink = finish(place.sink(**how), FILES)
+    assert sink.address == f"hf://{place.repo}{address}"
+    assert FILES.keys() < take_snapshot(place.client(), parse_address(sink.address)).files.keys()
+
+
+def test_a_target_may_carry_a_description(place: Place) -> None:
+    target = HubTarget(title="T", description="Because.")
+    sink = open_sink(f"hf://{place.repo}", target=target, client=place.client())
+    assert isinstance(sink, HubSink)
+    finish(sink, FILES)
+    [head, _] = place.api.list_repo_commits(place.repo)
+    assert (head.title, head.message) == ("T", "Because.")
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -394,10 +421,12 @@ def test_another_machine_continues_from_the_journal_branch(place: Place, tmp_pat
     other = place.sink(journal_branch="wip", cache=tmp_path / "other machine")
     other.begin(JOB, sizes(files))
     assert set(other.entries) == {ONE}
-    assert dict(other.notes) == {"layers.0": 0.5}
+    assert other.notes["layers.0"] == 0.5
     write(other, files)
     other.wait()
     assert seen(place, "wip") == {ONE, TWO, "mso_hub.journal"}
+    titles = [commit.title for commit in place.api.list_repo_commits(place.repo, revision="wip")]
+    assert titles == ["2 shards are stored", "1 shard is stored", "initial commit"]
     other.commit(manifest(other))
     other.close()
     if not place.xet:
@@ -424,6 +453,19 @@ def test_a_branch_that_is_no_journal_is_never_used(place: Place) -> None:
         with pytest.raises(ResumeError, match=r"@precious: .*has no mso_hub\.journal; choose another name"):
             place.sink(journal_branch="precious", fresh=fresh).begin(JOB, sizes(FILES))
     assert branches(place) == {"main", "precious"}
+
+
+def test_a_journal_branch_that_was_made_and_not_filled_is_gone_on_with(place: Place) -> None:
+    """The Hub went away between the two: the same command must not call its own branch a stranger's."""
+    sink = place.sink(journal_branch="wip")
+    sink.begin(JOB, sizes(FILES))
+    place.hub.fail("POST .*/commit/wip", status=503, times=-1)
+    with contextlib.closing(sink), pytest.raises(TransientError):
+        write(sink, FILES)
+    place.hub.clear_faults()
+    assert branches(place) == {"main", "wip"}
+    finish(place.sink(journal_branch="wip"), FILES)
+    assert branches(place) == {"main"}
 
 
 def test_no_other_branch_is_deleted_when_the_output_is_finished(place: Place) -> None:

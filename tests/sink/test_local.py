@@ -91,6 +91,7 @@ def test_names_on_disk(tmp_path: Path) -> None:
     """Everything is built beside the output under names that say whose it is, and only the output stays."""
     sink = begun(tmp_path / "out")
     put(sink, *FILES)
+    assert sink.address == sink.where == str(tmp_path / "out")
     assert listing(tmp_path) == [".out.mso-journal", ".out.mso-partial"]
     assert {name for name, kind in digests(tmp_path / ".out.mso-partial").items() if kind != "folder"} == set(FILES)
     lines = [json.loads(line) for line in (tmp_path / ".out.mso-journal").read_text().splitlines()]
@@ -440,8 +441,9 @@ def test_fresh_never_deletes_a_file(tmp_path: Path) -> None:
     """An output path that names a file is a mistake of the user."""
     out = tmp_path / "out"
     out.write_text("precious")
-    with pytest.raises(SinkError, match="not of this tool"):
-        begun(out, fresh=True)
+    for fresh in (False, True):
+        with pytest.raises(SinkError, match="out: is a file, the output must be a new or empty folder; choose another"):
+            begun(out, fresh=fresh)
     assert out.read_text() == "precious"
 
 

@@ -26,4 +26,4 @@ class TestMemorySink(SinkContract):
     def test_it_lies_in_no_folder(self) -> None:
         """Nobody may take it for a folder on this machine."""
         assert self.sink.path is None
-        assert self.sink.name == "memory"
+        assert self.sink.name == self.sink.address == "memory"

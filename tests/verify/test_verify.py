@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -101,6 +102,39 @@ def test_a_decompressed_output_passes(source: Path, outputs: dict[str, Path], tm
         original = verify_checkpoint(dense, source=source)
         assert len(original.problems) == len(report.errors)
         assert all("relative squared error" in problem for problem in original.problems)
+
+
+@pytest.mark.parametrize("card", [None, "# Edited\n", "# original\n"])
+def test_the_card_may_be_edited(card: str | None, outputs: dict[str, Path], tmp_path: Path) -> None:
+    """On the website everybody does: it is no problem, and does not count as hashed; same size or not, or gone."""
+    folder = write_files(Path(shutil.copytree(outputs["mlp only"], tmp_path / "x")), {"README.md": b"# Original\n"})
+    digest = {"nbytes": 11, "sha256": hashlib.sha256(b"# Original\n").hexdigest()}
+    with edited(folder / "mso_hub.json") as manifest:
+        manifest["files"]["README.md"] = digest
+    untouched = verify_checkpoint(folder)
+    (folder / "README.md").unlink()
+    write_files(folder, {"README.md": card.encode()} if card else {})
+    report = verify_checkpoint(folder)
+    assert (untouched.problems, report.problems) == ((), ())
+    assert report.hashed == untouched.hashed - 1
+
+
+def test_the_wrong_source_is_named(source: Path, outputs: dict[str, Path], tmp_path: Path) -> None:
+    """First and once; not where all is well, as with a copy of the right one."""
+    dense, commit = tmp_path / "dense", "a" * 40
+    convert(outputs["mlp only"], dense, Recipe(scheme="bf16"))
+    with edited(dense / "mso_hub.json") as manifest:
+        manifest |= {"source": "org/packed", "commit": commit}
+    problems = verify_checkpoint(dense, source=source).problems
+    assert problems[0] == (
+        f"{dense}: this checkpoint was made from hf://org/packed@{commit}, not from {source}; verify it against that"
+    )
+    assert len(problems) > 1
+    assert all("relative squared error" in problem for problem in problems[1:])
+    assert verify_checkpoint(dense, source=outputs["mlp only"]).problems == ()
+    with edited(dense / "mso_hub.json") as manifest:
+        manifest["source"] = "no repo"
+    assert verify_checkpoint(dense, source=source).problems == problems[1:]
 
 
 def test_every_weight_is_announced_to_the_listener(source: Path, outputs: dict[str, Path]) -> None:
