@@ -320,3 +320,13 @@ def test_a_source_says_that_it_waits(served: Served, repo: str) -> None:
         served.hub.fail("HEAD .*/resolve/", status=503)
         assert source.read("model.safetensors", 0, 5).tobytes() == b"00000"
     assert [wait.what for wait in waits] == [f"hf://{repo}/model.safetensors"]
+
+
+def test_a_wish_to_come_back_at_once_is_no_storm(served: Served) -> None:
+    """Retry-After: 0, and dates that are over: a pause of ours all the same."""
+    client, waits = listening(served, first=0.2, total=2.0)
+    served.hub.fail("GET /api/whoami-v2", status=429, headers={"Retry-After": "0"}, times=-1)
+    with pytest.raises(TransientError):
+        client.attempt(client.api.whoami, what="the Hub")
+    served.hub.clear_faults()
+    assert 5 <= len(waits) <= 45  # without a pause of its own: thousands

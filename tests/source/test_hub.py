@@ -16,6 +16,7 @@ import pytest
 from mso_hub.errors import CheckpointError, HubError
 from mso_hub.hub import Address
 from mso_hub.hub.devhub import Request
+from mso_hub.hub.repository import _safe
 from mso_hub.source import Job, Range, Source, read_checkpoint
 from mso_hub.source.hub import HubSource
 from tests.helpers import checkpoint_files, random_tensor
@@ -228,3 +229,32 @@ def test_closing_twice_and_reading_afterwards(served: Served, big: str) -> None:
     assert time.monotonic() - started < 2
     with pytest.raises(HubError, match="was closed"):
         source.read("a.safetensors", 0, BLOCK)
+
+
+def test_a_large_file_in_git_is_checked_too(tmp_path: Path) -> None:
+    """The Hub knows no SHA-256 of it, but its git object id: a tokenizer with a changed byte must not be carried."""
+    with serving(tmp_path, xet=False) as served:
+        data = b"a word of the vocabulary\n" * 90_000
+        repo = served.put({"vocab.txt": data, "model.safetensors": b"x"})
+        reads = [("vocab.txt", begin, min(begin + BLOCK, len(data))) for begin in range(0, len(data), BLOCK)]
+        for damage in (False, True):
+            if damage:
+                served.hub.fail("GET .*/vocab.txt", corrupt=1_500_000, times=-1)
+            with closing(HubSource(served.client(), served.address(repo))) as source:
+                assert source.sha256("vocab.txt") is None
+                source.expect([Job("vocab.txt", lambda: reads)])
+                found = b"".join(source.read(*place).tobytes() for place in reads)
+                assert (found == data) is not damage
+                if not damage:
+                    source.settle("vocab.txt")
+                    continue
+                with pytest.raises(CheckpointError, match=r"vocab\.txt: its git object id must be [0-9a-f]{40}"):
+                    source.settle("vocab.txt")
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x", "a\\b", "", "x\0"])
+def test_paths_that_leave_the_repo_are_refused(path: str) -> None:
+    """A mirror may list anything; the names become files in somebody's folder."""
+    with pytest.raises(HubError, match="a path must be relative and stay inside the repo"):
+        _safe(path, "hf://a/b")
+    assert _safe("deep/er/b..txt", "hf://a/b") == "deep/er/b..txt"
