@@ -128,7 +128,7 @@ class ThreadEngine:
 
         read     Source.read
         apart    Source.read_apart, for members of a unit that lie in other shards; `read` by default
-        notes    weight -> amax, of units whose members lie in several shards: for the other shards and a resumed run
+        notes    `unit: weight` -> amax, of units whose members lie in several shards: for the other shards and a resumed run
         once     keep every unit in memory, also one above half the budget: reading it again would cost a download
         measure  pieces tell what encoding did to a sample of each weight
         abort    called when the run ends early, before its threads are waited for: they may wait for the network
@@ -291,16 +291,19 @@ class _Run:
         foreign = [weight for weight in self._plan.units[unit] if weight.name not in own]
         if not foreign:
             return max(own.values())
+        # Two folders of a repo may hold the same names: only with its unit does a name mean one weight.
         for name, amax in own.items():
-            noted = self._notes.setdefault(name, amax)
+            noted = self._notes.setdefault(f"{unit}: {name}", amax)
             if noted != amax:
                 raise CheckpointError(
                     f"{name}: its largest value was {noted:.9g} when a shard with its partner was written, it is "
                     f"{amax:.9g} now; the source changed, or bytes on their way: start over with --fresh"
                 )
-        for weight in (w for w in foreign if w.name not in self._notes):
-            self._notes[weight.name] = self._amax(weight, self._apart)
-        return max(*own.values(), *(self._notes[weight.name] for weight in foreign))
+        keys = {f"{unit}: {weight.name}": weight for weight in foreign}
+        for key, weight in keys.items():
+            if key not in self._notes:
+                self._notes[key] = self._amax(weight, self._apart)
+        return max(*own.values(), *(self._notes[key] for key in keys))
 
     def _amax(self, weight: Weight, read: Reader | None = None) -> float:
         """Amax of a weight that is not kept, block by block."""

@@ -198,7 +198,9 @@ def test_a_partner_in_another_shard_is_read_once_more_and_noted() -> None:
     sink = MemorySink()
     assert passes(split_unit(), sink, ThreadEngine(2)) == {gate: 1.0, up: 2.0, down: 1.0}
     tensors = matrices(0)
-    assert sink.notes == {gate: float(tensors[gate].abs().max()), up: float((tensors[up] * 8).abs().max())}
+    unit = "model.layers.0.mlp.gate_up_proj"
+    largest = {gate: float(tensors[gate].abs().max()), up: float((tensors[up] * 8).abs().max())}
+    assert sink.notes == {f"{unit}: {name}": amax for name, amax in largest.items()}
 
 
 def test_a_partner_that_was_read_wrong_is_noticed_when_its_own_shard_comes() -> None:

@@ -383,7 +383,7 @@ def test_only_files_that_describe_the_old_weights_stay_behind(tmp_path: Path) ->
     assert set(plan.behind) == set(stale)
     assert not (out / "hf_quant_config.json").exists()
     assert not (out / "recipe.yaml").exists()
-    assert json.loads((out / "mso_hub.json").read_text())["scheme"] == "bf16"
+    assert json.loads((out / "mso_hub.json").read_text())["recipe"]["scheme"] == "bf16"
 
 
 def test_runtime_scales_go_with_the_quantization(tmp_path: Path) -> None:
