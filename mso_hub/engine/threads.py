@@ -128,7 +128,7 @@ class ThreadEngine:
 
         read     Source.read
         apart    Source.read_apart, for members of a unit that lie in other shards; `read` by default
-        notes    `unit: weight` -> amax, of units whose members lie in several shards: for the other shards and a resumed run
+        notes    `unit: weight` -> amax, where members lie in several shards: for the other shards and a resumed run
         once     keep every unit in memory, also one above half the budget: reading it again would cost a download
         measure  pieces tell what encoding did to a sample of each weight
         abort    called when the run ends early, before its threads are waited for: they may wait for the network
