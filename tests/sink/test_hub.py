@@ -455,6 +455,7 @@ def test_a_branch_that_is_no_journal_is_never_used(place: Place) -> None:
     assert branches(place) == {"main", "precious"}
 
 
+@pytest.mark.parametrize("hub", ["lfs"], indirect=True)  # hf_xet 1.7 keeps the store locked after such an error
 def test_a_journal_branch_that_was_made_and_not_filled_is_gone_on_with(place: Place) -> None:
     """The Hub went away between the two: the same command must not call its own branch a stranger's."""
     sink = place.sink(journal_branch="wip")
