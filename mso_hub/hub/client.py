@@ -167,6 +167,10 @@ class Client:
         settings["extensions"] = wire.traced()
         return self.attempt(once, what=what, wait=wire.sleep)
 
+    def ask(self, method: str, url: str, *, what: str, **settings: Any) -> Any:
+        """`request`, and its answer as JSON; HubError when it is none."""
+        return self.attempt(self.request(method, url, what=what, **settings).json, what=what)
+
     def attempt(self, call: Callable[[], T], *, what: str, wait: Callable[[float], object] = time.sleep) -> T:
         """Result of `call`; repeats it while the Hub is busy or gone, raises HubError or TransientError otherwise.
 

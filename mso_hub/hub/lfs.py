@@ -37,11 +37,11 @@ def batch(client: Client, target: Target, objects: Iterable[tuple[str, int]]) ->
         }
         if not target.create_pr:
             body["ref"] = {"name": target.revision}
-        response = client.request(
+        found = client.ask(
             "POST", f"/{target.repo_id}.git/info/lfs/objects/batch", what=str(target), json=body,
             headers={"Accept": MIME, "Content-Type": MIME},
         )  # fmt: skip
-        answers.update({answer["oid"]: answer for answer in response.json()["objects"]})
+        answers.update({answer["oid"]: answer for answer in found["objects"]})
     return answers
 
 

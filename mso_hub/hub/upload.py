@@ -129,7 +129,7 @@ class _XetStream:
         self._client = client
         url, headers = token_refresh(client, target.repo_id, "write", target.token_revision, create_pr=target.create_pr)
         # The first token by ourselves: hf_xet gives up on a busy Hub after seconds, and hides what it said.
-        granted = client.request("GET", url, what=str(target)).json()
+        granted = client.ask("GET", url, what=str(target))
         with self._naming():
             self._commit: Any = xet_session(client.patience.silence, _tries(client.patience)).new_upload_commit(
                 endpoint=granted["casUrl"],
@@ -229,10 +229,8 @@ def goes_to_git(client: Client, target: Target, path: str, nbytes: int, sample: 
     if nbytes == 0:
         return True  # object storage takes no empty object
     asked = {"path": path, "sample": base64.b64encode(sample).decode(), "size": nbytes}
-    response = client.request(
-        "POST", target.api("preupload"), what=str(target), json={"files": [asked]}, params=target.params
-    )
-    answer = {file["path"]: file for file in response.json()["files"]}.get(path)
+    found = client.ask("POST", target.api("preupload"), what=str(target), json={"files": [asked]}, params=target.params)
+    answer = {file["path"]: file for file in found["files"]}.get(path)
     if answer is None or answer.get("shouldIgnore"):
         raise HubError(
             f"{target}/{path}: a .gitignore in the repo keeps this file out; remove the line that matches it there"
@@ -253,9 +251,9 @@ def duplicate(client: Client, target: Target, source: str, file: RemoteFile) -> 
         "files": [{"xetHash": file.xet_hash, "sha256": file.sha256, "filename": file.path}],
     }
     try:
-        response = client.request("POST", f"/api/models/{source}/lfs-files/duplicate", what=str(target), json=body)
+        found = client.ask("POST", f"/api/models/{source}/lfs-files/duplicate", what=str(target), json=body)
     except TransientError:
         raise
     except HubError:
         return False  # another region, a storage without the feature, a permission: the bytes can still be sent
-    return not response.json().get("failed")
+    return not found.get("failed")

@@ -645,3 +645,14 @@ def test_the_lock_dies_with_the_process(place: Place) -> None:
         process.kill()
         process.wait()
     finish(place.sink(), files_of(place.repo))
+
+
+@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+def test_an_answer_that_is_no_json_is_an_error_of_the_hub(place: Place) -> None:
+    """A proxy's page with status 200 in place of the LFS batch: a message, no traceback."""
+    sink = place.sink()
+    sink.begin(JOB, sizes(FILES))
+    place.hub.fail("POST .*/objects/batch", status=200, times=-1)
+    with contextlib.closing(sink), pytest.raises(HubError, match=r"JSON"):
+        write(sink, FILES)
+    assert place.visible() == {}
