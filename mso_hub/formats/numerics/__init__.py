@@ -4,7 +4,7 @@
     floats      stored BF16 / F16 / F32 / E4M3 numbers <-> float32; largest magnitude; NaN and Inf
     nvfp4       numbers <-> packed E2M1 codes + E4M3 block scales (fast, numba)
     integer     packed 2- to 8-bit integers + scales -> numbers (fast, numba)
-    reference   nvfp4 and integer once more in plain torch: slow, explained, byte-identical
+    reference   the same once more in plain torch: slow, explained, byte-identical
     kernel      how a Python function becomes one of our compiled kernels
 
 Data are numpy arrays together with the dtype tag of the safetensors header, because numpy has

@@ -11,7 +11,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mso_hub.formats.numerics import floats, integer, reference
+from mso_hub.formats.numerics import floats, integer
+from mso_hub.formats.numerics.reference import integer as reference
 from tests.formats.numerics.strategies import DTYPES, TORCH, bits_type, to_bits, to_torch
 
 BITS = range(2, 9)
@@ -52,7 +53,7 @@ def test_unpack_reverses_the_definition(bits: int, rows: int, cols: int, dense: 
     packed = pack(codes, bits, dense=dense)
     assert packed.shape[1] == integer.words_per_row(cols, bits, dense=dense)
     np.testing.assert_array_equal(integer.unpack(packed, bits, cols, dense=dense), codes)
-    plain = reference.unpack_integer(torch.from_numpy(packed), bits, cols, dense=dense)
+    plain = reference.unpack(torch.from_numpy(packed), bits, cols, dense=dense)
     np.testing.assert_array_equal(plain.numpy(), codes)
     if dense:
         np.testing.assert_array_equal(pack_to_int32(torch.from_numpy(codes), bits).numpy(), packed)
@@ -142,8 +143,8 @@ def test_decode_equals_the_definition_and_the_reference(data: st.DataObject) -> 
         packed, scale, zeros, g_idx, bits=bits, group_size=group_size, cols=cols, dense=dense, dtype=dtype
     )
     np.testing.assert_array_equal(ours.view(bits_type(dtype)), to_bits(exact))
-    plain = reference.decode_integer(
-        reference.unpack_integer(torch.from_numpy(packed), bits, cols, dense=dense),
+    plain = reference.decode(
+        reference.unpack(torch.from_numpy(packed), bits, cols, dense=dense),
         torch.from_numpy(scale),
         None if zeros is None else torch.from_numpy(zeros),
         torch.from_numpy(group).long(),

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
-from mso_hub.formats.numerics import floats, nvfp4, reference
+from mso_hub.formats.numerics import floats, nvfp4
+from mso_hub.formats.numerics.reference import nvfp4 as reference
 from tests.formats.numerics.strategies import (
     DTYPES,
     TORCH,

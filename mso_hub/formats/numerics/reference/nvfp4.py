@@ -1,9 +1,6 @@
-"""The arithmetic of `nvfp4` and `integer` in plain torch: slow, readable, byte-identical.
+"""NVFP4 in five lines, in plain torch.
 
-Read this file to understand the formats; run the numba files to get work done. Tests hold the two
-equal on every byte, so an explanation here is an explanation of what is written to disk.
-
-NVFP4 in five lines. A weight is stored as a 4-bit float (E2M1: 0 .5 1 1.5 2 3 4 6 and a sign), and
+ A weight is stored as a 4-bit float (E2M1: 0 .5 1 1.5 2 3 4 6 and a sign), and
 16 neighbours in a row share an 8-bit float scale (E4M3), and all of them share one float32:
 
     global = amax(tensor) / (6 * 448)        6 is E2M1's largest value, 448 is E4M3's: the block
@@ -23,9 +20,6 @@ Why a search ("mse"): amax / 6 is the smallest scale that clips nothing, not the
 error. A larger scale may put the other 15 numbers of the block closer to E2M1's coarse upper
 values (4, 6), a smaller one clips the largest for the benefit of the rest. There are few E4M3
 numbers around the first guess, so trying nine is exact where a search over real numbers is not.
-
-Integers need less: w = (q - zero_point) * scale, with the codes stored plus 2**(bits - 1) so that
-they are not negative, in a stream of bits that is cut into int32 words.
 """
 
 from __future__ import annotations
@@ -88,39 +82,6 @@ def decode_divided(packed: Tensor, scale: Tensor, divisor: Tensor, dtype: torch.
     """
     step = scale.float() / divisor
     return _times_step(_values(packed), step, dtype)
-
-
-def unpack_integer(packed: Tensor, bits: int, cols: int, *, dense: bool) -> Tensor:
-    """Codes of a matrix packed along its columns, offset removed.
-
-    packed   I32 [rows, words]; dense: one bit stream for the row, else floor(32 / bits) codes a word
-    returns  I32 [rows, cols] in -2**(bits-1) .. 2**(bits-1) - 1
-    """
-    stream = (packed.unsqueeze(-1) >> torch.arange(32)) & 1  # [rows, words, 32], lowest bit first
-    if not dense:
-        stream = stream[..., : 32 // bits * bits]  # the bits above the last whole code are unused
-    code_bits = stream.flatten(1)[:, : cols * bits].reshape(packed.shape[0], cols, bits)
-    code = (code_bits << torch.arange(bits)).sum(-1)
-    return code.int() - (1 << (bits - 1))
-
-
-def decode_integer(
-    code: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    group: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """(code - zero_point) * scale in F32, rounded once to `dtype`.
-
-    code        I32 [rows, cols]
-    scale       F32 [rows, groups], multiplies
-    zero_point  I32 or I8 [rows, groups], None means 0
-    group       I64 [cols], group of each column: arange(cols) // group_size, or g_idx
-    returns     [rows, cols]
-    """
-    distance = code if zero_point is None else code - zero_point.int()[:, group]
-    return (distance.float() * scale[:, group]).to(dtype)
 
 
 def _absmax_scale(blocks: Tensor, global_scale: Tensor) -> Tensor:
