@@ -1,6 +1,6 @@
 """NVFP4 in five lines, in plain torch.
 
- A weight is stored as a 4-bit float (E2M1: 0 .5 1 1.5 2 3 4 6 and a sign), and
+A weight is stored as a 4-bit float (E2M1: 0 .5 1 1.5 2 3 4 6 and a sign), and
 16 neighbours in a row share an 8-bit float scale (E4M3), and all of them share one float32:
 
     global = amax(tensor) / (6 * 448)        6 is E2M1's largest value, 448 is E4M3's: the block
