@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
-from mso_hub.engine import SAMPLE, Piece
-from mso_hub.formats import DENSE
+from mso_hub.engine import SAMPLE, Distance, Piece
 from mso_hub.hub import Address, is_address, looks_like_repo, parse_address
 from mso_hub.hub.model_card import (
     CARRIED,
@@ -32,6 +31,7 @@ from mso_hub.hub.model_card import (
     visible,
 )
 from mso_hub.plan import Plan, Recipe
+from mso_hub.plan.steps import CONSTANT_SCALE
 from mso_hub.plan.summary import (
     DTYPES,
     Kept,
@@ -44,6 +44,7 @@ from mso_hub.plan.summary import (
     main_dtype,
     packed_as,
     percent,
+    planned_form,
     size,
 )
 from mso_hub.source import Source
@@ -144,10 +145,14 @@ def note_errors(pieces: Generator[Piece, None, None], note: Callable[[str, float
     Noted before the shard counts as done, so that a resumed run knows the errors of every shard that it keeps.
     """
     found: dict[str, list[float]] = {}
+    sums: dict[str, Distance] = {}
     with closing(pieces):
         for piece in pieces:
+            module = piece.step.weight.module
             if piece.distance is not None:
-                found.setdefault(kind_of(piece.step.weight.module), []).append(piece.distance.nmse)
+                sums[module] = sums[module] + piece.distance if module in sums else piece.distance
+            if piece.done and module in sums:
+                found.setdefault(kind_of(module), []).append(sums.pop(module).nmse)
             if piece.done and piece.step is piece.shard.steps[-1]:
                 for kind, errors in found.items():
                     for quality, value in zip(QUALITIES, (len(errors), math.fsum(errors), max(errors)), strict=True):
@@ -183,9 +188,9 @@ def write_card(plan: Plan, source: Source, sink: Target, base_model: str | None 
     facts = Facts(
         target=target,
         revision=revision,
-        stored=(_planned(plan),),
+        stored=_planned(plan),
         rows=_rows(plan, noted_errors(sink.notes)),
-        kept=by_reason(plan.kept) if recipe.scheme != DENSE else (),
+        kept=by_reason(plan.kept) if not recipe.decodes else (),
         before=plan.read_bytes,
         after=plan.write_bytes,
         base=repo_of(base_model) if base_model else origin.repo_id if origin else None,
@@ -200,23 +205,32 @@ def write_card(plan: Plan, source: Source, sink: Target, base_model: str | None 
         files={*plan.carried, *plan.files},
         packed=packed_as(step.weight for shard in plan.shards for step in shard.steps),
         recipe=recipe,
-        imported=imported(scales=bool(recipe.input_scales), ignore=bool(recipe.imported_ignore)),
+        imported=imported(scales=bool(recipe.input_amax), ignore=bool(recipe.imported_ignore)),
         folder=parse_address(source.name).folder if is_address(source.name) else "",
     )
     return render(facts, read_card(source)).encode()
 
 
-def _planned(plan: Plan) -> Stored:
-    recipe = plan.recipe
-    if recipe.scheme != DENSE:
-        return Stored(recipe.scheme, 4, 4 if recipe.activations else 16, recipe.layout)
-    return Stored(main_dtype([(info.dtype, info.nbytes) for shard in plan.shards for info in shard.tensors]))
+def _planned(plan: Plan) -> tuple[Stored, ...]:
+    """Every form that quantized weights get, most bytes first; the main dtype where none is quantized."""
+    if plan.recipe.decodes:
+        sizes = [(info.dtype, info.nbytes) for shard in plan.shards for info in shard.tensors]
+        return (Stored(main_dtype(sizes)),)
+    found: dict[Stored, int] = {}
+    for weight in (weight for members in plan.units.values() for weight in members):
+        stored = planned_form(plan.formats[weight.module])
+        found[stored] = found.get(stored, 0) + weight.number_bytes
+    return tuple(sorted(found, key=lambda stored: -found[stored]))
 
 
 def _activation(recipe: Recipe) -> str:
-    if recipe.input_scale is not None:
-        return constant_scale(recipe.input_scale)
-    return "imported from another checkpoint, one for each module" if recipe.input_scales else ""
+    if recipe.input_amax:
+        return "imported from another checkpoint, one for each module"
+    constants = {r.scheme.input_scale for r in recipe.all_rules if isinstance(r.scheme.input_scale, int | float)}
+    if not constants:
+        four = (r.scheme.format == "nvfp4" and r.scheme.activations == 4 for r in recipe.all_rules)
+        constants = {CONSTANT_SCALE} if any(four) else set()
+    return constant_scale(constants.pop()) if len(constants) == 1 else ""
 
 
 def constant_scale(value: float) -> str:
@@ -229,7 +243,7 @@ def _rows(plan: Plan, errors: Mapping[str, tuple[int, float, float]]) -> list[Ro
     rows = []
     for change in changes(plan):
         count, *quality = errors.get(change.kind, (0, 0.0, 0.0))
-        known = quality if change.becomes == plan.recipe.scheme and count == change.count else (None, None)
+        known = quality if change.encoded and count == change.count else (None, None)
         rows.append(Row(change.kind, change.becomes, change.count, change.before, change.after, *known))
     return rows
 
@@ -351,7 +365,7 @@ def _command(facts: Facts) -> str:
     source = str(Address(facts.source, facts.commit, facts.folder)) if facts.source else ""
     target = facts.target if facts.target.startswith("./") else str(Address(facts.target, facts.revision))
     line = command(facts.recipe, shlex.quote(source) if source else "FOLDER", shlex.quote(target))
-    python = [f"dtype {facts.recipe.dtype}"] if facts.recipe.scheme != DENSE and facts.recipe.dtype != "BF16" else []
+    python = [f"dtype {facts.recipe.dtype}"] if not facts.recipe.decodes and facts.recipe.dtype != "BF16" else []
     unsaid = " and ".join([*facts.imported, *python])
     return code(line) + (f" (with {unsaid})" if unsaid else "")
 

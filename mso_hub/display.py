@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mso_hub.checkpoint import Checkpoint
-from mso_hub.formats import DENSE, FORMATS, READABLE
+from mso_hub.formats import ALIASES, DENSE, FORMATS, READABLE
 from mso_hub.formats.detect import quantization_configs
 from mso_hub.plan import Plan
 from mso_hub.plan.summary import changes, kind_of, size
@@ -33,15 +33,16 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "source": plan.source,
         "job": plan.job,
-        "scheme": plan.recipe.scheme,
+        "scheme": plan.recipe.label or DENSE,
         "layout": plan.recipe.layout,
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "shards": [{"name": s.name, "nbytes": s.nbytes, "tensors": len(s.tensors)} for s in plan.shards],
         "quantized": {
-            step.weight.module: {"shape": list(step.weight.shape), "bytes_before": step.weight.nbytes,
+            step.weight.module: {"format": step.format.name, "shape": list(step.weight.shape),
+                                 "bytes_before": step.weight.nbytes,
                                  "bytes_after": sum(i.nbytes for i in step.outputs)}
-            for shard in plan.shards for step in shard.steps if step.unit is not None
+            for shard in plan.shards for step in shard.steps if step.format is not None
         },
         "kept": dict(plan.kept),
         "dropped": list(plan.dropped),
@@ -68,10 +69,11 @@ def _changed(plan: Plan) -> tuple[str, str]:
 def plan_text(plan: Plan) -> str:
     """What `mso-hub plan` prints."""
     changed, stays = _changed(plan)
-    fused = Counter(kind_of(key) for key, members in plan.units.items() if len(members) > 1)
+    shared = {key for key, m in plan.units.items() if len(m) > 1 and plan.formats[m[0].module].shares}
+    fused = Counter(map(kind_of, shared))
     ratio = plan.write_bytes / max(1, plan.read_bytes)
     blocks = [
-        f"{plan.source} -> {plan.recipe.scheme} ({plan.recipe.layout})",
+        f"{plan.source} -> {plan.recipe.label or DENSE} ({plan.recipe.layout})",
         changed,
         stays,
         table(
@@ -172,12 +174,26 @@ def comparison_text(comparison: Comparison) -> str:
     return "\n\n".join(blocks)
 
 
+def formats_rows() -> list[tuple[str, str, str, str, str]]:
+    """A row for each format: name, what it is, layouts with their loaders, activations, choices."""
+    rows = []
+    for name, entry in FORMATS.items():
+        choices = entry.choices
+        layouts = "; ".join(f"{layout} ({runtimes})" for layout, runtimes in choices.loaders.items())
+        bits = sorted({bits for layout in choices.loaders for bits in choices.activations[layout]}, reverse=True)
+        groups = ["channel" if group == 0 else str(group) for group in choices.group_sizes]
+        options = [f"group_size {', '.join(groups)}"] if groups else []
+        options += ["symmetric or asymmetric"] if choices.asymmetric else []
+        options += [f"scale_search {', '.join(choices.searches)}"]
+        rows.append((name, entry.summary, layouts, ", ".join(f"A{b}" for b in bits), "; ".join(options)))
+    return rows
+
+
 def formats_text() -> str:
     """What `mso-hub formats` prints."""
-    writes = [
-        (name, "compressed-tensors, modelopt", "W4A16; W4A4 with --input_scale", "absmax, mse") for name in FORMATS
-    ]
+    historic = [(name, f"historic name of {scheme.format}", "", "", "") for name, scheme in ALIASES.items()]
+    dense = (DENSE, "decoded, as `decompress` does", "dense", "", "")
     return "\n\n".join([
-        table([*writes, (DENSE, "dense", "", "")], ("writes", "layouts", "variants", "scale search")),
+        table([*formats_rows(), *historic, dense], ("writes", "what", "layouts (loaders)", "activations", "choices")),
         table(READABLE.items(), ("reads", "what")),
     ])  # fmt: skip

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from mso_hub.card import CARD, note_errors, repo_of, write_card
-from mso_hub.engine import Piece, ThreadEngine, write_pieces
+from mso_hub.engine import SAMPLE, Piece, ThreadEngine, write_pieces
 from mso_hub.errors import CheckpointError, RecipeError
 from mso_hub.events import Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
-from mso_hub.formats.packed_int import shape_reader
+from mso_hub.formats.decoders.packed_int import shape_reader
 from mso_hub.hub import is_address, looks_like_repo
 from mso_hub.plan import Plan, Recipe, plan_checkpoint
 from mso_hub.sink import Entry, Sink, open_sink
@@ -69,8 +69,8 @@ def convert(
         source.expect(work.jobs(engine))
         abort = partial(_abort, source, sink)
         pieces = engine.run(
-            plan, work.shards, source.read, _Notes(sink), apart=source.read_apart, once=source.distant, measure=card,
-            abort=abort,
+            plan, work.shards, source.read, _Notes(sink), apart=source.read_apart, once=source.distant,
+            measure=SAMPLE if card else 0, abort=abort,
         )  # fmt: skip
         for piece in write_pieces(note_errors(pieces, sink.note), sink, source.settle, abort):
             progress.piece(piece)
@@ -214,7 +214,7 @@ def _digests(files: Mapping[str, bytes]) -> dict[str, Entry]:
 def _manifest(plan: Plan, source: Source, entries: Mapping[str, Entry]) -> bytes:
     """mso_hub.json: which job made the output, from which commit, how, and the SHA-256 of each file."""
     files = {n: {"nbytes": e.nbytes, "sha256": e.sha256} for n, e in sorted(entries.items())}
-    settings = {k: v for k, v in asdict(plan.recipe).items() if k != "input_scales"}
+    settings = {k: v for k, v in asdict(plan.recipe).items() if k not in ("input_amax", "kv_scales")}
     settings["imported_ignore"] = len(plan.recipe.imported_ignore)
     content: dict[str, Any] = {"job": plan.job, "version": version("mso-hub"), "recipe": settings}
     if source.origin is not None:

@@ -15,7 +15,7 @@ from mso_hub.card import CARD, Facts, Row, constant_scale, read_card, render, re
 from mso_hub.checkpoint import TensorInfo
 from mso_hub.errors import HubError, MsoError, RecipeError, SinkError, TransientError, VerifyError
 from mso_hub.events import Listener, ignore
-from mso_hub.formats import DENSE, FORMATS
+from mso_hub.formats import ALIASES, DENSE, FORMATS
 from mso_hub.formats.detect import quantization_configs
 from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
 from mso_hub.formats.scales import read_input_scales
@@ -39,7 +39,7 @@ from mso_hub.verify import (
 from mso_hub.verify.manifest import COMMIT
 
 TITLE = "Model card, written with mso_hub"
-IMPORTED = ("imported_", "input_scales")
+IMPORTED = ("imported_", "input_amax", "kv_scales")
 """Names of a recipe's fields that hold what came from other checkpoints."""
 
 
@@ -179,7 +179,7 @@ def _size(mine: Opened) -> int:
 def _unpacked(mine: Opened, theirs: Opened | None, recipe: Recipe | None) -> str:
     """Schemes of the source's packed weights that have another form now; without it, what the recipe tells."""
     if theirs is None:  # decompress refuses a source without packed weights
-        return "packed weights" if recipe and recipe.scheme == DENSE and not recipe.text_only else ""
+        return "packed weights" if recipe and recipe.decodes and not recipe.text_only else ""
     pairs = ((weight, mine.weights.get(name)) for name, weight in theirs.weights.items())
     return packed_as(old for old, new in pairs if new is not None and form_of(old) != form_of(new))
 
@@ -191,7 +191,7 @@ def _recipe(manifest: Mapping[str, Any]) -> Recipe | None:
         return None
     known = {f.name: said[f.name] for f in fields(Recipe) if f.name in said and not f.name.startswith(IMPORTED)}
     lists = {name: value for name, value in known.items() if name in ("targets", "ignore")}
-    if known.get("scheme") not in (*FORMATS, DENSE):
+    if known.get("scheme") not in (*FORMATS, *ALIASES, DENSE) or known.pop("rules", None):
         return None
     if not all(isinstance(value, list) and all(isinstance(v, str) for v in value) for value in lists.values()):
         return None

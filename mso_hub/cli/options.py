@@ -13,9 +13,12 @@ import click
 from mso_hub.errors import RecipeError
 
 if TYPE_CHECKING:
+    from mso_hub.checkpoint import TensorInfo
+    from mso_hub.formats.weight import Reader
     from mso_hub.plan import Recipe
     from mso_hub.sink import HubTarget
 
+Found = TypeVar("Found")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -89,8 +92,13 @@ SCHEME = several(
     opt("exclude", multiple=True, metavar="PATTERN", help="The same as --ignore."),
     opt("exclude_config", metavar="FILE", help="Config of a reference model whose exclude list is honoured too."),
     opt("no_default_ignore", is_flag=True, help="Offer embeddings, heads, routers, vision, MTP to the targets."),
-    opt("input_scale", metavar="X", help="W4A4: one activation scale for all (1.0), or a checkpoint that has them."),
-    opt("scale_search", default="absmax", metavar="HOW", help="absmax (ModelOpt's bytes) or mse (less error)."),
+    opt("activations", type=click.Choice(["16", "8", "4"]), help="Bits of activations: W4A16, W4A8, W4A4, ..."),
+    opt("group_size", type=int, metavar="N", help="INT4, INT8: columns per scale, 0 for one scale a row [128]."),
+    click.option("--symmetric/--asymmetric", default=None, help="INT4, INT8: without or with zero points [symmetric]."),
+    opt("input_scale", metavar="X", help="Static activation scale for all (1.0), or a checkpoint that has them."),
+    opt("scale_search", metavar="HOW", help="absmax, mse, ...: `mso-hub formats` lists them with each default."),
+    opt("kv_cache", type=click.Choice(["fp8"]), help="Announce an FP8 KV cache; keeps or takes its scales."),
+    opt("kv_scales", metavar="WHERE", help="A checkpoint whose k_scale and v_scale are taken."),
     opt("text_only", is_flag=True, help="Leave vision and audio parts out; flatten names and config."),
     opt("block_size", type=int, default=16, hidden=True),
 )  # fmt: skip
@@ -99,6 +107,7 @@ JSON = opt("json", is_flag=True, help="Print JSON.")
 
 def hub_target(options: dict[str, Any], recipe: Recipe) -> HubTarget | None:
     """Options of HUB -> HubTarget, None for a folder; RecipeError where a folder is given options of a repo."""
+    from mso_hub.formats import DENSE
     from mso_hub.hub import is_address, parse_address
     from mso_hub.sink import HubTarget
 
@@ -121,7 +130,7 @@ def hub_target(options: dict[str, Any], recipe: Recipe) -> HubTarget | None:
             f"Converted from {origin or 'a folder'} by mso_hub {version('mso-hub')}, tensor by tensor. README.md says "
             "what changed, with sizes and errors; mso_hub.json has the settings and the SHA-256 of every file."
         ),
-        title=f"{recipe.scheme.upper()} of {name}, made with mso_hub",
+        title=f"{(recipe.label or DENSE).upper()} of {name}, made with mso_hub",
     )
 
 
@@ -148,7 +157,7 @@ def build_recipe(options: dict[str, Any]) -> Recipe:
     check_block_size(options["block_size"])
     if options["mlp_only"] and options["all_linear"]:
         raise RecipeError("--mlp_only and --all_linear contradict each other; keep one")
-    scale, scales = read_input_scale(options["input_scale"])
+    scale, amax = read_input_scale(options["input_scale"])
     imported = exclude_patterns(options["exclude_config"]) if options["exclude_config"] else []
     return Recipe(
         scheme=options["format"],
@@ -158,28 +167,50 @@ def build_recipe(options: dict[str, Any]) -> Recipe:
         ignore=options["ignore"] + options["exclude"],
         imported_ignore=tuple(imported),
         default_ignore=not options["no_default_ignore"],
+        activations=int(options["activations"]) if options["activations"] else None,
+        group_size=options["group_size"],
+        symmetric=options["symmetric"],
         input_scale=scale,
-        input_scales=scales,
+        input_amax=amax,
         scale_search=options["scale_search"],
+        kv_cache=options["kv_cache"] is not None,
+        kv_scales=read_kv(options["kv_scales"]) if options["kv_scales"] else {},
         text_only=options["text_only"],
     )
 
 
-def read_input_scale(text: str | None) -> tuple[float | None, dict[str, float]]:
-    """`1.0` -> one scale for all; a folder, a .safetensors file or hf://org/name -> a scale per module."""
-    from mso_hub.checkpoint import TensorInfo
-    from mso_hub.formats.scales import read_input_scales
-    from mso_hub.hub import is_address
-    from mso_hub.source import open_source
-    from mso_hub.source.scan import read_shard
+def read_input_scale(text: str | None) -> tuple[float | str | None, dict[str, float]]:
+    """`1.0` -> one scale for all; a folder, a .safetensors file or hf://org/name -> "imported", amax per module."""
+    from mso_hub.formats import IMPORTED
+    from mso_hub.formats.scales import read_input_amax
 
     if text is None:
         return None, {}
     try:
         return float(text), {}
     except ValueError:
-        path = Path(text)
-    absent = f"--input_scale {text}: needs a number or a checkpoint with input scales, found none there"
+        amax = from_checkpoint("input_scale", text, read_input_amax)
+        return IMPORTED, amax
+
+
+def read_kv(text: str) -> dict[str, tuple[float, float]]:
+    """A folder, a .safetensors file or hf://org/name -> (k, v) scale per attention module."""
+    from mso_hub.formats.scales import read_kv_scales
+
+    return from_checkpoint("kv_scales", text, read_kv_scales)
+
+
+def from_checkpoint(
+    option: str, text: str, take: Callable[[list[TensorInfo], Reader], dict[str, Found]]
+) -> dict[str, Found]:
+    """Scales that `take` finds among all tensors of a checkpoint; RecipeError where it finds none."""
+    from mso_hub.hub import is_address
+    from mso_hub.source import open_source
+    from mso_hub.source.scan import read_shard
+
+    path = Path(text)
+    numbers = "a number or " if option == "input_scale" else ""
+    absent = f"--{option} {text}: needs {numbers}a checkpoint with such scales, found none there"
     if not is_address(text) and not path.exists():
         raise RecipeError(absent)
     single = path.name if path.is_file() else None
@@ -188,10 +219,10 @@ def read_input_scale(text: str | None) -> tuple[float | None, dict[str, float]]:
         files = {n: s for n, s in source.files().items() if n == single or (not single and n.endswith(".safetensors"))}
         for name, nbytes in files.items():
             tensors += read_shard(source, name, nbytes).tensors
-        scales = read_input_scales(tensors, source.read)
+        scales = take(tensors, source.read)
     if not scales:
         raise RecipeError(absent)
-    return None, scales
+    return scales
 
 
 def one_of(argument: str | None, option: str | None) -> str:

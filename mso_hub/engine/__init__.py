@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mso_hub.engine.assemble import write_pieces
-from mso_hub.engine.threads import SAMPLE, Piece, ThreadEngine
+from mso_hub.engine.distance import SAMPLE, WHOLE, Distance, distance
+from mso_hub.engine.threads import Piece, ThreadEngine
 
-__all__ = ["SAMPLE", "Piece", "ThreadEngine", "write_pieces"]
+__all__ = ["SAMPLE", "WHOLE", "Distance", "Piece", "ThreadEngine", "distance", "write_pieces"]

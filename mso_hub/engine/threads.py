@@ -22,8 +22,9 @@ from typing import TypeVar
 import numpy as np
 
 from mso_hub.checkpoint import Array, TensorInfo
-from mso_hub.errors import CheckpointError, MsoError, NonFiniteError
-from mso_hub.formats import Format
+from mso_hub.engine.distance import WHOLE, Distance, distance
+from mso_hub.errors import CheckpointError, MsoError, NonFiniteError, PlanError
+from mso_hub.formats.nvfp4 import POWER, Nvfp4
 from mso_hub.formats.weight import Reader, Weight
 from mso_hub.plan import Plan, ShardPlan, Step
 from mso_hub.source.reads import Range
@@ -36,28 +37,11 @@ LEAST_BLOCK = 256 << 10
 MEMORY = 448 << 20
 """Default budget in bytes; half of it just holds gate_proj and up_proj of an 8B model."""
 
-SAMPLE = 1 << 18
-"""Numbers of a weight that are decoded again to measure what encoding did to them."""
-
 _NOTHING: Array = np.empty(0)
 
 Block = tuple[int, int]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Distance:
-    """What encoding did to some numbers: sums of squared differences and of squares, largest difference (fp32)."""
-
-    error: float
-    energy: float
-    largest: float
-
-    @property
-    def nmse(self) -> float:
-        """Squared error over squared numbers."""
-        return self.error / self.energy if self.energy > 0 else 0.0
 
 
 _Encoded = tuple[tuple[Array, ...], Distance | None]
@@ -68,7 +52,7 @@ class Piece:
     """Bytes of one output tensor, to be appended to what came before.
 
     done      marks the step's last piece
-    distance  of the step's first SAMPLE numbers, once for each encoded step, where the run measures
+    distance  of this block of an encoded step, where the run measures it
     """
 
     shard: ShardPlan
@@ -121,7 +105,7 @@ class ThreadEngine:
 
     def run(
         self, plan: Plan, shards: Iterable[ShardPlan], read: Reader, notes: MutableMapping[str, float], *,
-        apart: Reader | None = None, once: bool = False, measure: bool = False,
+        apart: Reader | None = None, once: bool = False, measure: int = 0,
         abort: Callable[[], None] = lambda: None,
     ) -> Generator[Piece, None, None]:  # fmt: skip
         """All pieces of the shards, shard by shard, each output tensor front to back.
@@ -130,7 +114,7 @@ class ThreadEngine:
         apart    Source.read_apart, for members of a unit that lie in other shards; `read` by default
         notes    `unit: weight` -> amax, where members lie in several shards: for the other shards and a resumed run
         once     keep every unit in memory, also one above half the budget: reading it again would cost a download
-        measure  pieces tell what encoding did to a sample of each weight
+        measure  pieces tell what encoding did to so many numbers of each weight
         abort    called when the run ends early, before its threads are waited for: they may wait for the network
         Raises NonFiniteError for NaN or Inf in a weight that is encoded or decoded.
         """
@@ -160,7 +144,9 @@ class ThreadEngine:
         for steps in _runs(shard):
             passes = 1 if steps[0].unit is None or self.keeps(steps, once=once) else 2
             for step in list(steps) * passes:
-                found += (r for block in step.weight.blocks(self.block) for r in step.weight.ranges(*block))
+                found += (
+                    r for block in step.weight.blocks(self.block, step.row_step) for r in step.weight.ranges(*block)
+                )
         return found
 
 
@@ -172,7 +158,7 @@ def _runs(shard: ShardPlan) -> list[list[Step]]:
 class _Run:
     def __init__(
         self, plan: Plan, read: Reader, apart: Reader, notes: MutableMapping[str, float], pool: ThreadPoolExecutor,
-        engine: ThreadEngine, *, once: bool, measure: bool,
+        engine: ThreadEngine, *, once: bool, measure: int,
     ) -> None:  # fmt: skip
         self._plan, self._read, self._notes, self._pool, self._engine = plan, read, notes, pool, engine
         self._apart, self._memory, self._once, self._measure = apart, engine.memory, once, measure
@@ -202,8 +188,10 @@ class _Run:
         self, shard: ShardPlan, step: Step, last: bool, amax: float, future: Future[_Encoded]
     ) -> Iterator[Piece]:
         arrays, distance = future.result()
-        form = self._plan.format
-        scalars = form.scalars(amax, step.input_scale) if last and step.unit is not None and form else ()
+        scalars: tuple[Array, ...] = ()
+        if last:
+            scalars = step.format.scalars(step.weight.shape, amax) if step.format is not None else ()
+            scalars += tuple(np.array([value], np.float32) for value in step.extras)
         row_wise = len(arrays)
         for at, data in enumerate((*arrays, *scalars)):
             if at < row_wise or last:
@@ -213,17 +201,40 @@ class _Run:
     def _finish(self, step: Step, block: Block, held: tuple[Array, str] | None, amax: float) -> _Encoded:
         """One block from stored bytes (or held numbers) to output rows."""
         weight = step.weight
-        if step.unit is not None and self._plan.format is not None:
+        if step.format is not None:
             values, dtype = held or weight.values(weight.load(self._read, *block), *block)
-            arrays = self._plan.format.encode(values, dtype, amax)
-            measured = self._measure and block[0] == 0
-            return arrays, _distance(self._plan.format, values, dtype, arrays, amax) if measured else None
+            if step.unit is None:
+                _require_finite(weight, values, dtype, block[0])
+            try:
+                arrays = step.format.encode(values, dtype, step.dense, amax)
+            except ValueError as error:
+                raise PlanError(
+                    f"{weight.name}: {step.format.name} cannot hold it: {error}; add it to `ignore`, or take another "
+                    "format for it"
+                ) from error
+            return arrays, self._distance(step, block[0], values, dtype, arrays, amax)
         loaded = weight.load(self._read, *block)
         if weight.decoder is None:
             return (loaded["weight"],), None
         decoded = weight.decoder.decode(loaded, *block, weight.dtype)
         _require_finite(weight, decoded, weight.dtype, block[0])
         return (decoded,), None
+
+    def _distance(
+        self, step: Step, first: int, values: Array, dtype: str, arrays: tuple[Array, ...], amax: float
+    ) -> Distance | None:
+        """Decode the first rows of an encoded block, as many as are to be measured, and compare."""
+        form = step.format
+        limit = WHOLE if isinstance(form, Nvfp4) and form.search == POWER else self._measure
+        rows = -(-limit // max(1, values.shape[1])) - first
+        if form is None or rows <= 0:
+            return None
+        if rows < len(values):
+            rows = -(-rows // form.row_step) * form.row_step
+        if rows < len(values):
+            cuts = (rows if len(array) == len(values) else rows // form.row_step for array in arrays)
+            arrays = tuple(array[:cut] for array, cut in zip(arrays, cuts, strict=True))
+        return distance(values[:rows], dtype, form.decode(arrays, values.shape[1], step.dense, amax))
 
     def _ahead(self, shards: Iterable[ShardPlan]) -> Iterator[tuple[ShardPlan, _Loaded]]:
         """Steps in order, those to encode with their unit's amax and, where they fit, their numbers.
@@ -253,7 +264,9 @@ class _Run:
 
     def _start(self, steps: Sequence[Step]) -> list[list[Future[tuple[Array, str, float]]]]:
         submit = self._pool.submit
-        return [[submit(self._load, s.weight, block) for block in s.weight.blocks(self._block)] for s in steps]
+        return [
+            [submit(self._load, s.weight, block) for block in s.weight.blocks(self._block, s.row_step)] for s in steps
+        ]
 
     def _load(self, weight: Weight, block: Block, read: Reader | None = None) -> tuple[Array, str, float]:
         from mso_hub.formats.numerics import floats
@@ -267,12 +280,12 @@ class _Run:
         """Wait for a unit's loads and settle its amax."""
         unit = steps[0].unit
         if unit is None:
-            return [_Loaded(s, s.weight.blocks(self._block), 0.0, None) for s in steps]
+            return [_Loaded(s, s.weight.blocks(self._block, s.row_step), 0.0, None) for s in steps]
         own: dict[str, float] = {}
         values: list[list[tuple[Array, str]] | None] = []
         for at, step in enumerate(steps):
             if futures is None:
-                own[step.weight.name] = self._amax(step.weight)
+                own[step.weight.name] = self._amax(step)
                 values.append(None)
                 continue
             results = [load.result() for load in futures[at]]
@@ -281,7 +294,9 @@ class _Run:
             if not amax < float("inf"):
                 self._refuse(step.weight)
         amax = self._unit_amax(unit, own)
-        return [_Loaded(s, s.weight.blocks(self._block), amax, v) for s, v in zip(steps, values, strict=True)]
+        return [
+            _Loaded(s, s.weight.blocks(self._block, s.row_step), amax, v) for s, v in zip(steps, values, strict=True)
+        ]
 
     def _unit_amax(self, unit: str, own: MutableMapping[str, float]) -> float:
         """Largest amax of a unit; members in other shards are read once more, and every amax is noted.
@@ -302,13 +317,16 @@ class _Run:
         keys = {f"{unit}: {weight.name}": weight for weight in foreign}
         for key, weight in keys.items():
             if key not in self._notes:
-                self._notes[key] = self._amax(weight, self._apart)
+                self._notes[key] = self._scan(weight, weight.blocks(self._block), self._apart)
         return max(*own.values(), *(self._notes[key] for key in keys))
 
-    def _amax(self, weight: Weight, read: Reader | None = None) -> float:
-        """Amax of a weight that is not kept, block by block."""
+    def _amax(self, step: Step) -> float:
+        """Amax of a weight that is not kept, block by block, in the blocks that are read again to encode it."""
+        return self._scan(step.weight, step.weight.blocks(self._block, step.row_step), self._read)
+
+    def _scan(self, weight: Weight, blocks: Sequence[Block], read: Reader) -> float:
         load = partial(self._load, weight, read=read)
-        amax = _largest(result[2] for result in self._windowed(load, weight.blocks(self._block)))
+        amax = _largest(result[2] for result in self._windowed(load, blocks))
         if not amax < float("inf"):
             self._refuse(weight)
         return amax
@@ -327,19 +345,6 @@ class _Run:
         for start, stop in weight.blocks(self._block):
             values, dtype = weight.values(weight.load(self._read, start, stop), start, stop)
             _require_finite(weight, values, dtype, start)
-
-
-def _distance(form: Format, values: Array, dtype: str, arrays: tuple[Array, ...], amax: float) -> Distance:
-    """Decode the first rows of an encoded block, SAMPLE numbers or one row, and compare."""
-    from mso_hub.formats.numerics.floats import widen
-
-    rows = max(1, SAMPLE // max(1, values.shape[1]))
-    before = widen(values[:rows], dtype)
-    after = form.decode(tuple(array[:rows] for array in arrays), amax)
-    difference = after - before
-    error = float(np.square(difference, dtype=np.float64).sum())
-    energy = float(np.square(before, dtype=np.float64).sum())
-    return Distance(error, energy, float(np.abs(difference).max(initial=0)))
 
 
 def _require_finite(weight: Weight, values: Array, dtype: str, first_row: int) -> None:

@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from mso_hub.checkpoint import Array, TensorInfo
-from mso_hub.formats.nvfp4 import Nvfp4
+from mso_hub.errors import RecipeError
+from mso_hub.formats.fp8 import FP8_CHOICES, Fp8
+from mso_hub.formats.integer import INTEGER_CHOICES, Integer
+from mso_hub.formats.mx import MX_CHOICES, Mx
+from mso_hub.formats.nvfp4 import NVFP4_CHOICES, Nvfp4
+from mso_hub.formats.scheme import IMPORTED, Choices, Format, Scheme
 
-
-class Format(Protocol):
-    """One scheme in one layout: states its outputs from shapes alone, makes them, writes their config."""
-
-    @property
-    def name(self) -> str:
-        """Key in FORMATS."""
-
-    def problem(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight of this shape cannot be stored, or None."""
-
-    def outputs(self, module: str, shape: tuple[int, ...], *, activations: bool) -> tuple[TensorInfo, ...]:
-        """Tensors that replace a weight: those of `encode` in order, then those of `scalars`."""
-
-    def encode(self, values: Array, dtype: str, amax: float) -> tuple[Array, ...]:
-        """A block of rows -> the same rows of each row-wise output."""
-
-    def decode(self, arrays: tuple[Array, ...], amax: float) -> Array:
-        """What `encode` made of a block of rows, as F32 again."""
-
-    def scalars(self, amax: float, input_scale: float | None) -> tuple[Array, ...]:
-        """The outputs that do not go by rows."""
-
-    def config(self, ignore: Iterable[str], *, activations: bool) -> dict[str, Any]:
-        """`quantization_config` for config.json."""
-
-    def extra_files(self, ignore: Iterable[str], *, activations: bool) -> dict[str, dict[str, Any]]:
-        """Further JSON files, name -> content."""
+__all__ = ["ALIASES", "DENSE", "FORMATS", "IMPORTED", "READABLE", "Choices", "Entry", "Format", "Scheme", "build"]
 
 
-FORMATS: dict[str, type[Nvfp4]] = {
-    "nvfp4": Nvfp4,
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row of the table of formats.
+
+    summary  codes and scales in a few words
+    choices  what it can be asked for
+    build    scheme and layout -> encoder
+    """
+
+    summary: str
+    choices: Choices
+    build: Callable[[Scheme, str], Format]
+
+
+FORMATS: dict[str, Entry] = {
+    "nvfp4": Entry("FP4, an E4M3 scale for 16 columns", NVFP4_CHOICES, Nvfp4.build),
+    "mxfp4": Entry("FP4, a power of two for 32 columns", MX_CHOICES["mxfp4"], Mx.build),
+    "mxfp8": Entry("FP8, a power of two for 32 columns", MX_CHOICES["mxfp8"], Mx.build),
+    "fp8": Entry("FP8, one scale a tensor", FP8_CHOICES["fp8"], Fp8.build),
+    "fp8_dynamic": Entry("FP8, one scale a row", FP8_CHOICES["fp8_dynamic"], Fp8.build),
+    "fp8_block": Entry("FP8, one scale for 128 x 128", FP8_CHOICES["fp8_block"], Fp8.build),
+    "w4a16": Entry("INT4, packed", INTEGER_CHOICES["w4a16"], Integer.build),
+    "w8a16": Entry("INT8, packed", INTEGER_CHOICES["w8a16"], Integer.build),
+    "int8": Entry("INT8, one scale a row", INTEGER_CHOICES["int8"], Integer.build),
 }
+
+ALIASES = {"int4_awq": Scheme("w4a16", group_size=128, search="mse")}
+"""Historic names. The calibration that gave int4_awq its name is replaced by a search for the best scales."""
 
 DENSE = "bf16"
 """The scheme of `decompress`: packed weights become BF16, everything else stays."""
@@ -52,3 +54,12 @@ READABLE: dict[str, str] = {
     "modelopt NVFP4": "ModelOpt NVFP4, W4A16 and W4A4",
 }
 """Formats of a source that can be decoded, for `mso-hub formats` and the README."""
+
+
+def build(scheme: Scheme, layout: str) -> Format | None:
+    """The encoder for a scheme, None for DENSE; RecipeError for what does not exist or what no runtime loads."""
+    if scheme.format == DENSE:
+        return None
+    if scheme.format not in FORMATS:
+        raise RecipeError(f"format must be one of {', '.join([*FORMATS, *ALIASES, DENSE])}, got {scheme.format!r}")
+    return FORMATS[scheme.format].build(scheme, layout)

@@ -10,9 +10,9 @@ from typing import Any
 
 from mso_hub.checkpoint import TensorInfo
 from mso_hub.errors import CheckpointError, PlanError
+from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.decoders.packed_int import ReadShape, packed_int
 from mso_hub.formats.dialects import compressed_tensors
-from mso_hub.formats.nvfp4 import Nvfp4Decoder
-from mso_hub.formats.packed_int import ReadShape, packed_int
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 
 ROLES = {

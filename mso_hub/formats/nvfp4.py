@@ -8,38 +8,69 @@ made at run time. Numerics, ties and guards: `numerics/nvfp4.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mso_hub.checkpoint import Array, TensorInfo
-from mso_hub.errors import CheckpointError
-from mso_hub.formats.dialects import compressed_tensors, modelopt
+from mso_hub.formats.dialects.compressed_tensors import arguments
+from mso_hub.formats.scheme import Choices, Format, Scheme
 
 GROUP_SIZE = 16
+SUFFIXES = {
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
+    "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+}
+"""Layout -> names of codes, block scales, global scale and activation scale."""
+POWER = "power"
+"""The search that takes a power of two for every scale where that is exact: for weights that were MXFP4."""
+_NO_FP8 = "no runtime loads NVFP4 weights with FP8 activations; mxfp4 with --activations 8 is W4A8"
+
+NVFP4_CHOICES = Choices(
+    {"compressed-tensors": "vLLM", "modelopt": "vLLM, TensorRT-LLM"},
+    {"compressed-tensors": (16, 4), "modelopt": (16, 4)},
+    ("absmax", "mse", "four_over_six"),
+    refusals={"activations 8": _NO_FP8},
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Nvfp4:
-    """Encoder of one layout. One object states the output tensors, makes them and writes their config.
+class Nvfp4(Format):
+    """Encoder of one layout.
 
-    layout   compressed-tensors or modelopt
-    search   absmax (ModelOpt's choice, byte for byte) or mse (exact E4M3 search)
+    layout  compressed-tensors or modelopt; the first stores reciprocals of the global scales
+    search  absmax (ModelOpt's choice, byte for byte), mse (exact E4M3 search), four_over_six, or POWER
+    static  W4A4: every weight carries an activation scale
     """
 
     layout: str = "compressed-tensors"
     search: str = "absmax"
+    static: bool = False
+    name: str = "nvfp4"
+
+    @classmethod
+    def build(cls, scheme: Scheme, layout: str) -> Nvfp4:
+        """The encoder that a scheme asks for; an activation scale means W4A4."""
+        NVFP4_CHOICES.check(scheme, layout)
+        static = scheme.activations == 4 or (scheme.activations is None and scheme.input_scale is not None)
+        return cls(layout, scheme.search or NVFP4_CHOICES.searches[0], static)
 
     @property
-    def name(self) -> str:
-        """Key in FORMATS."""
-        return "nvfp4"
+    def bits(self) -> int:
+        """Width of a code."""
+        return 4
 
     @property
-    def _suffixes(self) -> Mapping[str, str]:
-        return modelopt.NVFP4_SUFFIXES if self.layout == "modelopt" else compressed_tensors.NVFP4_SUFFIXES
+    def activations(self) -> int:
+        """Bits of an activation."""
+        return 4 if self.static else 16
+
+    @property
+    def shares(self) -> bool:
+        """Engines keep one global scale for a fused unit."""
+        return True
 
     def problem(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be NVFP4, or None."""
@@ -49,34 +80,32 @@ class Nvfp4:
             return f"nvfp4 needs a last dimension that is a multiple of {GROUP_SIZE}, got shape {list(shape)}"
         return None
 
-    def outputs(self, module: str, shape: tuple[int, ...], *, activations: bool) -> tuple[TensorInfo, ...]:
-        """Tensors that replace a weight: row-wise ones in the order of `encode`, then those of `scalars`."""
+    def outputs(self, module: str, shape: tuple[int, ...], dtype: str) -> tuple[TensorInfo, ...]:
+        """Codes U8 [N, K/2], scales F8_E4M3 [N, K/16], global scale F32."""
         rows, columns = shape
-        suffix = self._suffixes
-        scalar = () if self.layout == "modelopt" else (1,)
-        infos = [
-            TensorInfo(f"{module}.{suffix['codes']}", "U8", (rows, columns // 2)),
-            TensorInfo(f"{module}.{suffix['scale']}", "F8_E4M3", (rows, columns // GROUP_SIZE)),
-            TensorInfo(f"{module}.{suffix['global']}", "F32", scalar),
-        ]
-        if activations:
-            infos.append(TensorInfo(f"{module}.{suffix['input']}", "F32", scalar))
-        return tuple(infos)
+        codes, scale, scalar, _ = SUFFIXES[self.layout]
+        return (
+            TensorInfo(f"{module}.{codes}", "U8", (rows, columns // 2)),
+            TensorInfo(f"{module}.{scale}", "F8_E4M3", (rows, columns // GROUP_SIZE)),
+            TensorInfo(f"{module}.{scalar}", "F32", self._scalar),
+        )
 
-    def encode(self, values: Array, dtype: str, amax: float) -> tuple[Array, ...]:
-        """Rows [r, K] -> codes U8 [r, K/2] (even column in the low nibble) and scales E4M3 bits [r, K/16].
+    @property
+    def _scalar(self) -> tuple[int, ...]:
+        return () if self.layout == "modelopt" else (1,)
 
-        values  BF16 bits, F16 or F32 as `dtype` says
-        amax    largest |w| over every tensor of the unit
-        """
+    def encode(self, values: Array, dtype: str, dense: str, amax: float) -> tuple[Array, ...]:
+        """Rows [r, K] -> codes U8 [r, K/2] (even column in the low nibble) and scales E4M3 bits [r, K/16]."""
         from mso_hub.formats.numerics import nvfp4
 
         return nvfp4.encode(values, dtype, self._global_scale(amax), search=self.search)
 
-    def decode(self, arrays: tuple[Array, ...], amax: float) -> Array:
-        """What `encode` made of some rows, as F32 [r, K] again."""
-        parts = {"codes": arrays[0], "scale": arrays[1], "global": self.scalars(amax, None)[0]}
-        return Nvfp4Decoder(self.layout, "").decode(parts, 0, len(arrays[0]), "F32")
+    def decode(self, arrays: tuple[Array, ...], columns: int, dense: str, amax: float) -> Array:
+        """F32 [r, K]."""
+        from mso_hub.formats.numerics import nvfp4
+
+        decode = nvfp4.decode if self.layout == "modelopt" else nvfp4.decode_divided
+        return decode(arrays[0], arrays[1], self.scalars((), amax)[0][0], "F32")
 
     def _global_scale(self, amax: float) -> np.float32:
         """The unit's multiplier; 1.0 where its reciprocal, which compressed-tensors stores, would be infinite.
@@ -85,67 +114,37 @@ class Nvfp4:
         """
         from mso_hub.formats.numerics import nvfp4
 
-        scale = nvfp4.global_scale(amax)
+        scale = nvfp4.global_scale(amax)  # TEMP
         tiny = self.layout == "compressed-tensors" and scale < 1 / np.finfo(np.float32).max
         return np.float32(1) if tiny else scale
 
-    def scalars(self, amax: float, input_scale: float | None) -> tuple[Array, ...]:
-        """Global scale and, for W4A4, activation scale as this layout stores them: F32, one element each.
+    def _stored(self, multiplier: float) -> np.float32:
+        """A scale in the direction of the layout."""
+        scale = np.float32(multiplier)
+        return np.float32(1) / scale if self.layout == "compressed-tensors" else scale
 
-        ModelOpt stores multipliers, compressed-tensors their reciprocals.
-        """
-        multipliers = [self._global_scale(amax)]
-        if input_scale is not None:
-            multipliers.append(np.float32(input_scale))
-        if self.layout == "compressed-tensors":
-            multipliers = [np.float32(1) / m for m in multipliers]
-        return tuple(np.array([m], np.float32) for m in multipliers)
+    def scalars(self, shape: tuple[int, ...], amax: float) -> tuple[Array, ...]:
+        """The global scale."""
+        return (np.array([self._stored(float(self._global_scale(amax)))], np.float32),)
 
-    def config(self, ignore: Iterable[str], *, activations: bool) -> dict[str, Any]:
-        """`quantization_config` for config.json."""
-        if self.layout == "modelopt":
-            return modelopt.nvfp4_config(ignore, activations=activations)
-        return compressed_tensors.nvfp4_config(ignore, activations=activations)
+    def input_output(self, module: str, scale: float) -> tuple[TensorInfo, float]:
+        """input_scale, or input_global_scale with its reciprocal."""
+        return TensorInfo(f"{module}.{SUFFIXES[self.layout][3]}", "F32", self._scalar), float(self._stored(scale))
 
-    def extra_files(self, ignore: Iterable[str], *, activations: bool) -> dict[str, dict[str, Any]]:
-        """JSON files beside config.json that this layout needs."""
-        if self.layout != "modelopt":
-            return {}
-        return {modelopt.QUANT_CONFIG_FILE: modelopt.nvfp4_file(ignore, activations=activations)}
-
-
-@dataclass(frozen=True, slots=True)
-class Nvfp4Decoder:
-    """Reads NVFP4 of either layout; the parts carry the roles `codes`, `scale` and `global`.
-
-    module  for messages
-    """
-
-    layout: str
-    module: str
+    def input_scale(self, amax: float) -> float:
+        """amax / (6 * 448)."""
+        return amax / 2688
 
     @property
-    def name(self) -> str:
-        """For reports."""
-        return "nvfp4-pack-quantized" if self.layout == "compressed-tensors" else "modelopt NVFP4"
+    def group(self) -> Mapping[str, Any]:
+        """compressed-tensors: NVFP4A16 or NVFP4."""
+        fp4 = {
+            "num_bits": 4, "group_size": GROUP_SIZE, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn",
+        }  # fmt: skip
+        inputs = arguments(**fp4, dynamic="local", observer="static_minmax") if self.static else None
+        return {"format": "nvfp4-pack-quantized", "weights": arguments(**fp4), "input_activations": inputs}
 
     @property
-    def row_step(self) -> int:
-        """Any row may start a block."""
-        return 1
-
-    def part_rows(self, role: str, start: int, stop: int) -> tuple[int, int] | None:
-        """Codes and scales go by rows, the global scale as a whole."""
-        return None if role == "global" else (start, stop)
-
-    def decode(self, parts: Mapping[str, Array], start: int, stop: int, dtype: str) -> Array:
-        """Rows in `dtype`: e2m1 * (scale * global) for ModelOpt, e2m1 * (scale / global) for compressed-tensors."""
-        from mso_hub.formats.numerics import nvfp4
-
-        scale = np.float32(parts["global"].reshape(-1)[0])
-        if not 0 < scale < np.inf:
-            raise CheckpointError(
-                f"{self.module}: the global scale must be finite and > 0, found {scale}; the checkpoint is damaged"
-            )
-        decode = nvfp4.decode if self.layout == "modelopt" else nvfp4.decode_divided
-        return decode(parts["codes"], parts["scale"], scale, dtype)
+    def algo(self) -> str:
+        """ModelOpt's name."""
+        return "NVFP4" if self.static else "W4A16_NVFP4"

@@ -88,10 +88,13 @@ class Weight:
         """Bytes of its numbers in memory: as stored when dense, F32 when packed."""
         return self.nbytes if self.decoder is None else 4 * math.prod(self.shape)
 
-    def blocks(self, nbytes: int) -> list[tuple[int, int]]:
-        """Row ranges whose numbers take about `nbytes` each, starting where the decoder allows it."""
+    def blocks(self, nbytes: int, multiple: int = 1) -> list[tuple[int, int]]:
+        """Row ranges whose numbers take about `nbytes` each, starting where the decoder and the encoder allow it.
+
+        multiple  rows of which every block of the encoder starts at a multiple
+        """
         rows = self.shape[0] if self.shape else 1
-        step = 1 if self.decoder is None else self.decoder.row_step or rows
+        step = math.lcm(multiple, 1 if self.decoder is None else self.decoder.row_step or rows)
         height = max(1, nbytes * rows // max(1, self.number_bytes) // max(1, step)) * max(1, step)
         return [(at, min(at + height, rows)) for at in range(0, rows, height)] or [(0, 0)]
 

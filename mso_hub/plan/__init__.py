@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mso_hub.plan.planner import Plan, ShardPlan, Step, plan_checkpoint
-from mso_hub.plan.recipe import Recipe
+from mso_hub.plan.planner import Plan, plan_checkpoint
+from mso_hub.plan.recipe import Recipe, Rule
+from mso_hub.plan.shards import ShardPlan
+from mso_hub.plan.steps import Step
 
-__all__ = ["Plan", "Recipe", "ShardPlan", "Step", "plan_checkpoint"]
+__all__ = ["Plan", "Recipe", "Rule", "ShardPlan", "Step", "plan_checkpoint"]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import translate
+from typing import Any
 
 from mso_hub.errors import RecipeError
+from mso_hub.formats import ALIASES, DENSE, FORMATS, IMPORTED, Format, Scheme, build
 from mso_hub.formats.weight import FLOAT_DTYPES
 
-LAYOUTS = ("compressed-tensors", "modelopt")
-SEARCHES = ("absmax", "mse")
+LAYOUTS = ("compressed-tensors", "modelopt", "deepseek")
 MODES = ("mlp", "all-linear")
 
 MLP_LEAVES = frozenset(
@@ -58,19 +59,47 @@ DEFAULT_IGNORE: dict[str, re.Pattern[str]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Rule:
+    """Which modules get which scheme; the first rule that covers a module decides.
+
+    targets  globs or `re:` patterns of module names, or "Linear" for all; replaces `mode`
+    mode     which modules are meant when `targets` is empty: one of MODES
+    """
+
+    scheme: Scheme
+    targets: tuple[str, ...] = ()
+    mode: str = "mlp"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown mode, and one that contradicts the targets."""
+        if self.mode not in MODES:
+            raise RecipeError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.targets and self.mode != "mlp":
+            raise RecipeError(f"targets {list(self.targets)} and mode {self.mode!r} contradict each other; keep one")
+
+    @property
+    def label(self) -> str:
+        """For messages: `fp8_dynamic for re:.*self_attn.*`."""
+        named = ", ".join(self.targets[:2]) + (", ..." if len(self.targets) > 2 else "") if self.targets else self.mode
+        return f"{self.scheme.format} for {named}"
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """Settings of one conversion. Everything here enters the job digest, so a changed field is another job.
 
-    scheme          key of FORMATS: what weights become
-    layout          how the scheme is named on disk, one of LAYOUTS
+    scheme          key of FORMATS: what weights become; `activations`, `group_size`, `symmetric`, `scale_search` and
+                    `input_scale` say more about it, as in Scheme
+    layout          how schemes are named on disk, one of LAYOUTS
     mode            which modules `targets` stands for when it is empty: one of MODES
     targets         globs or `re:` patterns of module names, or "Linear" for all; replaces `mode`
+    rules           several schemes in one checkpoint, in place of `scheme`, `mode` and `targets`
     ignore          globs or `re:` patterns of module names that keep their numbers; each must match something
     imported_ignore patterns of a reference model's config; those that match nothing here are reported
     default_ignore  leave embeddings, heads, norms, routers, convolutions, vision, projectors and MTP alone
-    input_scale     activation scale for W4A4 (multiplier, amax/2688): one for all, or None for W4A16
-    input_scales    the same per module, imported from a calibrated checkpoint
-    scale_search    how block scales are chosen, one of SEARCHES
+    input_amax      largest magnitude of each module's activations, for `input_scale` "imported"
+    kv_cache        announce an FP8 KV cache; `kv_scales` are its scales (multipliers, amax / 448), attention module ->
+                    (k, v), engines take 1.0 where there are none
     dtype           what packed weights become when they are decoded: BF16, F16 or F32
     text_only       drop vision and audio parts, flatten names and config
     """
@@ -79,52 +108,92 @@ class Recipe:
     layout: str = "compressed-tensors"
     mode: str = "mlp"
     targets: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
     ignore: tuple[str, ...] = ()
     imported_ignore: tuple[str, ...] = ()
     default_ignore: bool = True
-    input_scale: float | None = None
-    input_scales: Mapping[str, float] = field(default_factory=dict)
-    scale_search: str = "absmax"
+    activations: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    scale_search: str | None = None
+    input_scale: float | str | None = None
+    input_amax: Mapping[str, float] = field(default_factory=dict)
+    kv_cache: bool = False
+    kv_scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     dtype: str = "BF16"
     text_only: bool = False
 
     @property
-    def activations(self) -> bool:
-        """Are activations quantized too (W4A4)?"""
-        return self.input_scale is not None or bool(self.input_scales)
+    def all_rules(self) -> tuple[Rule, ...]:
+        """`rules`, or the one that the flat settings stand for."""
+        return self.rules or (Rule(self._flat, self.targets, self.mode),)
+
+    @property
+    def _flat(self) -> Scheme:
+        """The flat settings as a Scheme; what a historic name stands for, where nothing else is said."""
+        said: dict[str, Any] = {
+            "activations": self.activations, "group_size": self.group_size, "symmetric": self.symmetric,
+            "search": self.scale_search, "input_scale": self.input_scale,
+        }  # fmt: skip
+        base = ALIASES.get(self.scheme, Scheme(self.scheme))
+        return replace(base, **{key: value for key, value in said.items() if value is not None})
+
+    @property
+    def decodes(self) -> bool:
+        """Does it only decode packed weights?"""
+        return not self.rules and self.scheme == DENSE
+
+    @property
+    def label(self) -> str:
+        """Every scheme once: `nvfp4`, `nvfp4 + fp8_dynamic`."""
+        return " + ".join(dict.fromkeys(rule.scheme.format for rule in self.all_rules if rule.scheme.format != DENSE))
 
     def __post_init__(self) -> None:
         """Refuse unknown words here, so that no later stage has to."""
-        for name, value, known in (
-            ("layout", self.layout, LAYOUTS),
-            ("mode", self.mode, MODES),
-            ("scale_search", self.scale_search, SEARCHES),
-            ("dtype", self.dtype, FLOAT_DTYPES),
-        ):
+        for name, value, known in (("layout", self.layout, LAYOUTS), ("dtype", self.dtype, FLOAT_DTYPES)):
             if value not in known:
                 raise RecipeError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if self.targets and self.mode != "mlp":
-            raise RecipeError(f"targets {list(self.targets)} and mode {self.mode!r} contradict each other; keep one")
-        if self.scheme == "bf16":
-            self._refuse_encoder_settings()
-        for scale in (
-            *((self.input_scale,) if self.input_scale is not None else ()),
-            *self.input_scales.values(),
-        ):
-            if not 2.0**-126 <= scale <= 2.0**126:  # float32 holds these and their reciprocals
-                raise RecipeError(f"input_scale must be a finite number > 0, 1.2e-38 to 8.5e37, got {scale}")
-
-    def _refuse_encoder_settings(self) -> None:
-        """Decoding chooses nothing: settings that would have no effect are mistakes."""
-        default = Recipe()
-        idle = [
-            f.name for f in fields(self)
-            if f.name not in ("scheme", "dtype", "text_only") and getattr(self, f.name) != getattr(default, f.name)
-        ]  # fmt: skip
-        if idle:
-            raise RecipeError(
-                f"scheme {self.scheme!r} decodes every packed weight and takes no {', '.join(idle)}; leave them out"
+        if self.rules:
+            self._refuse(("scheme", "mode", "targets", "activations", "group_size", "symmetric", "scale_search",
+                          "input_scale"), "a recipe with rules has it in each rule")  # fmt: skip
+        elif self.decodes:
+            kept = ("scheme", "dtype", "text_only")
+            self._refuse(
+                [f.name for f in fields(self) if f.name not in kept],
+                f"scheme {self.scheme!r} decodes every packed weight and takes no such setting",
             )
+        elif self.scheme not in (*FORMATS, *ALIASES):
+            raise RecipeError(f"format must be one of {', '.join([*FORMATS, *ALIASES, DENSE])}, got {self.scheme!r}")
+        formats = [build(rule.scheme, self.layout) for rule in self.all_rules]
+        if self.rules and not any(formats):
+            raise RecipeError(f"rules must quantize something, got {self.label or DENSE!r} only; use decompress")
+        self._check_scales(formats)
+
+    def _check_scales(self, formats: Sequence[Format | None]) -> None:
+        """Activation scales must have a taker, and takers of imported ones must get some."""
+        for rule, form in zip(self.all_rules, formats, strict=True):
+            if rule.scheme.input_scale is not None and (form is None or not form.static):
+                raise RecipeError(
+                    f"input_scale: {rule.label} has no static activation scale, got {rule.scheme.input_scale!r}; "
+                    "leave it out"
+                )
+        imported = any(rule.scheme.input_scale == IMPORTED for rule in self.all_rules)
+        if imported != bool(self.input_amax):
+            found = f"{len(self.input_amax)} imported scales, {'some' if imported else 'no'} rule that takes them"
+            raise RecipeError(f'input_scale "{IMPORTED}" and --input_scale WHERE belong together, got {found}')
+        values = [*self.input_amax.values(), *(scale for pair in self.kv_scales.values() for scale in pair)]
+        if any(not 2.0**-126 <= value <= 2.0**126 for value in values):
+            raise RecipeError(f"activation scales must be finite and > 0, got {min(values)} to {max(values)}")
+        if self.kv_scales and not self.kv_cache:
+            raise RecipeError(f"kv_scales: {len(self.kv_scales)} were given without kv_cache; add it")
+
+    def _refuse(self, names: Iterable[str], why: str) -> None:
+        """RecipeError for settings that would have no effect."""
+        default = {f.name: f.default for f in fields(self)}
+        empty: dict[str, Any] = {"input_amax": {}, "kv_scales": {}}
+        idle = [name for name in names if getattr(self, name) != empty.get(name, default[name])]
+        if idle:
+            raise RecipeError(f"{', '.join(idle)}: {why}; leave it out")
 
 
 class Patterns:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mso_hub.errors import PlanError
+from mso_hub.formats import Format, Scheme, build
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.experts import is_fused_experts, split_experts
 from mso_hub.plan.fusion import units
@@ -28,18 +29,23 @@ class Selection:
     """What `select` decided.
 
     chosen    weights to quantize
+    formats   module of a chosen weight -> its encoder; `scales` what its rule says of activation scales
     kept      weights that stay -> why
-    units     unit key -> chosen weights that share a scale; a weight on its own is a unit of one
+    units     unit key -> chosen weights that engines fuse; a weight on its own is a unit of one
     unused    imported patterns that matched nothing
     idle      sentences about typed patterns that matched nothing here: a problem when no group has a match
+    overlaps  sentences about modules that several rules cover
     problems  everything that makes the plan impossible
     """
 
     chosen: tuple[Weight, ...]
+    formats: Mapping[str, Format]
+    scales: Mapping[str, float | str | None]
     kept: Mapping[str, tuple[Weight, str]]
     units: Mapping[str, tuple[Weight, ...]]
     unused: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
+    overlaps: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
 
@@ -57,95 +63,152 @@ def _layers(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _chooser(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Callable[[Weight], str | None], list[Patterns]]:
-    """Function from a linear weight to why it stays (None: it is chosen), and the pattern sets that it uses."""
-    named = [target for target in recipe.targets if target != LINEAR]
-    ignore, imported, targets = (Patterns(p) for p in (recipe.ignore, recipe.imported_ignore, named))
-    everything = recipe.mode == "all-linear" or LINEAR in recipe.targets
-    layers = _layers(config)
+class _Chooser:
+    """Says of a linear weight why it stays, or which rule takes it; counts what every pattern did."""
 
-    def reason(weight: Weight) -> str | None:
-        """Why the weight stays, None when it is chosen."""
+    def __init__(self, recipe: Recipe, config: Mapping[str, Any]) -> None:
+        self._recipe = recipe
+        self._rules = recipe.all_rules
+        self._formats = [build(rule.scheme, recipe.layout) for rule in self._rules]
+        self._ignore, self._imported = Patterns(recipe.ignore), Patterns(recipe.imported_ignore)
+        self._targets = [Patterns(t for t in rule.targets if t != LINEAR) for rule in self._rules]
+        self._layers = _layers(config)
+        self._taken: Counter[int] = Counter()
+        self._shadowed: Counter[tuple[int, int]] = Counter()
+
+    def choose(self, weight: Weight) -> tuple[Format, Scheme] | str:
+        """Encoder and scheme of the first rule that covers the weight, or why it stays."""
         module = weight.module
-        if (pattern := ignore.find(module)) is not None:
+        if (pattern := self._ignore.find(module)) is not None:
             return f"ignore {pattern}"
-        if (pattern := imported.find(module)) is not None:
+        if (pattern := self._imported.find(module)) is not None:
             return f"exclude config {pattern}"
         if not is_linear(weight):
             return "not a linear layer's weight"
-        if recipe.default_ignore:
+        if self._recipe.default_ignore:
             if (why := default_reason(module)) is not None:
                 return why
             layer = DECODER_LAYER.search(module)
-            if layer and layers is not None and int(layer[1]) >= layers:
+            if layer and self._layers is not None and int(layer[1]) >= self._layers:
                 return "MTP"
         if EMBEDDING.search(module):
             return "embedding"  # a look-up, never a linear layer: no loader takes a packed one
-        if recipe.targets and LINEAR not in recipe.targets:
-            return None if targets.find(module) else "no target matches"
+        hits = [at for at in range(len(self._rules)) if self._covers(at, weight)]
+        if not hits:
+            return self._reason(weight)
+        self._taken[hits[0]] += 1
+        self._shadowed.update((hits[0], later) for later in hits[1:])
+        form, rule = self._formats[hits[0]], self._rules[hits[0]]
+        return f"rule {rule.label}" if form is None else (form, rule.scheme)
+
+    def _covers(self, at: int, weight: Weight) -> bool:
+        rule = self._rules[at]
+        if self._targets[at].find(weight.module) is not None:
+            return True
+        if len(weight.shape) != 2 and not is_fused_experts(weight):
+            return False
+        if LINEAR in rule.targets or (not rule.targets and rule.mode == "all-linear"):
+            return True
+        return not rule.targets and (is_fused_experts(weight) or is_mlp(weight.module))
+
+    def _reason(self, weight: Weight) -> str:
         if len(weight.shape) != 2 and not is_fused_experts(weight):
             return "not a matrix"
-        if not (everything or is_fused_experts(weight) or is_mlp(module)):
-            return "outside the MLP (--all_linear takes it)"
-        return None
+        if all(rule.targets for rule in self._rules):
+            return "no target matches" if len(self._rules) == 1 else "no rule covers it"
+        return "outside the MLP (--all_linear takes it)"
 
-    return reason, [ignore, imported, targets]
-
-
-def _unused(recipe: Recipe, sets: Sequence[Patterns]) -> tuple[list[str], list[str]]:
-    """Sentences about patterns that the user typed in vain, and the imported ones that matched nothing."""
-    ignore, imported, targets = sets
-    idle = [f"ignore {p!r} matches no weight of this checkpoint; correct it or leave it out" for p in ignore.unused]
-    idle += [
-        f"targets {p!r} matches no weight that could be quantized (norms and embeddings never, heads and others only "
-        "with --no_default_ignore); correct it or leave it out"
-        for p in targets.unused
-    ]
-    if recipe.imported_ignore and len(imported.unused) == len(set(recipe.imported_ignore)):
-        idle.append(
-            f"none of the {len(recipe.imported_ignore)} imported exclude patterns matches a weight, the first is "
-            f"{recipe.imported_ignore[0]!r}; they belong to another model"
-        )
-    return idle, imported.unused
-
-
-def _split_units(chosen: Mapping[str, Weight], kept: Mapping[str, tuple[Weight, str]]) -> list[str]:
-    """Units and banks of experts of which only a part is chosen: engines cannot load them."""
-    problems = []
-    for key, members in units([*chosen, *kept]).items():
-        inside, outside = [m for m in members if m in chosen], [m for m in members if m in kept]
-        if inside and outside:
-            problems.append(
-                f"{key}: engines fuse {', '.join(members)}, so all or none can be quantized; "
-                f"{outside[0]} stays ({kept[outside[0]][1]}): choose or ignore all of them"
+    def idle(self) -> list[str]:
+        """Sentences about patterns and rules that the user typed in vain."""
+        found = [
+            f"ignore {p!r} matches no weight of this checkpoint; correct it or leave it out"
+            for p in self._ignore.unused
+        ]
+        for at, patterns in enumerate(self._targets):
+            found += [
+                f"targets {p!r} matches no weight that could be quantized (norms and embeddings never, heads and "
+                "others only with --no_default_ignore); correct it or leave it out"
+                for p in patterns.unused
+            ]
+            if len(self._rules) > 1 and not self._taken[at] and not patterns.unused:
+                found.append(self._nothing_left(at))
+        imported = self._recipe.imported_ignore
+        if imported and len(self._imported.unused) == len(set(imported)):
+            found.append(
+                f"none of the {len(imported)} imported exclude patterns matches a weight, the first is "
+                f"{imported[0]!r}; they belong to another model"
             )
-    stay: dict[tuple[str, str], str] = {}
-    for module in kept:
-        if match := EXPERT.match(module):
-            stay.setdefault((match["bank"], match["leaf"]), module)
-    for module in chosen:
-        match = EXPERT.match(module)
-        other = stay.pop((match["bank"], match["leaf"]), None) if match else None
-        if match and other:
+        return found
+
+    def _nothing_left(self, at: int) -> str:
+        earlier = sorted({first for first, later in self._shadowed if later == at})
+        label = f"rule {at + 1} ({self._rules[at].label})"
+        if not earlier:
+            return f"{label} covers no weight that could be quantized; correct it or leave it out"
+        before = " and ".join(f"rule {first + 1} ({self._rules[first].label})" for first in earlier)
+        return f"{label} gets nothing, {before} before it covers every module it names; put it first or leave it out"
+
+    @property
+    def unused(self) -> list[str]:
+        """Imported patterns that matched nothing."""
+        return self._imported.unused
+
+    @property
+    def overlaps(self) -> list[str]:
+        """Sentences about modules that several rules cover."""
+        return [
+            f"{count} weights are covered by rule {first + 1} ({self._rules[first].label}) and by rule {later + 1} "
+            f"({self._rules[later].label}): the first decides"
+            for (first, later), count in sorted(self._shadowed.items()) if self._taken[later]
+        ]  # fmt: skip
+
+
+def _different(members: Sequence[str], formats: Mapping[str, Format], kept: Mapping[str, tuple[Weight, str]]) -> str:
+    """Which two of some modules that must be stored alike are not; "" when they are."""
+    inside = [m for m in members if m in formats]
+    outside = [m for m in members if m not in formats]
+    if inside and outside:
+        return f"{outside[0]} stays ({kept[outside[0]][1]}), {inside[0]} does not"
+    other = next((m for m in inside if formats[m] != formats[inside[0]]), None)
+    if other is None:
+        return ""
+    return f"{inside[0]} becomes {formats[inside[0]].name}, {other} {formats[other].name}"
+
+
+def _split_units(formats: Mapping[str, Format], kept: Mapping[str, tuple[Weight, str]]) -> list[str]:
+    """Units and banks of experts whose members are not all stored alike: engines cannot load them."""
+    problems = []
+    for key, members in units([*formats, *kept]).items():
+        if found := _different(members, formats, kept):
             problems.append(
-                f"{match['bank']}: experts load as one tensor, so all or none can be quantized; {other} stays "
-                f"({kept[other][1]}), {module} does not: choose or ignore all of them"
+                f"{key}: engines fuse {', '.join(members)}, so all must be stored alike; {found}: give all of them to "
+                "one rule, or ignore all"
+            )
+    banks: dict[str, list[str]] = {}
+    for module in (*formats, *kept):
+        if match := EXPERT.match(module):
+            banks.setdefault(match["bank"], []).append(module)
+    for bank, members in banks.items():
+        if any(m in formats for m in members) and (found := _different(members, formats, kept)):
+            problems.append(
+                f"{bank}: experts load as one tensor, so all must be stored alike; {found}: give all of them to one "
+                "rule, or ignore all"
             )
     return problems
 
 
-def select(
-    weights: Sequence[Weight],
-    recipe: Recipe,
-    config: Mapping[str, Any],
-    problem_of: Callable[[tuple[int, ...]], str | None],
-) -> Selection:
-    """Go through all weights of a group once and decide.
+def _shape_problems(units_: Mapping[str, Sequence[Weight]], formats: Mapping[str, Format]) -> list[str]:
+    """Units that engines cannot fuse because of their sizes."""
+    found = ((key, formats[m[0].module].fused_problem([w.shape for w in m])) for key, m in units_.items() if len(m) > 1)
+    return [f"{key}: {problem}" for key, problem in found if problem is not None]
 
-    problem_of  why the format cannot store a shape, or None
-    """
-    reason_of, sets = _chooser(recipe, config)
+
+def select(weights: Sequence[Weight], recipe: Recipe, config: Mapping[str, Any]) -> Selection:
+    """Go through all weights of a group once and decide."""
+    chooser = _Chooser(recipe, config)
     chosen: dict[str, Weight] = {}
+    formats: dict[str, Format] = {}
+    scales: dict[str, float | str | None] = {}
     kept: dict[str, tuple[Weight, str]] = {}
     problems: list[str] = []
     modules: list[str] = []
@@ -155,21 +218,22 @@ def select(
             f"model_type {config['model_type']!r} stores linear layers as [in, out]; it cannot be quantized"
         )
     for weight in weights:
-        why = reason_of(weight)
-        if why is not None:
-            kept[weight.module] = (weight, why)
+        choice = chooser.choose(weight)
+        if isinstance(choice, str):
+            kept[weight.module] = (weight, choice)
             modules.append(weight.module)
             continue
+        form, scheme = choice
         try:
             parts = list(split_experts(weight, config, names)) if is_fused_experts(weight) else [weight]
         except PlanError as error:
             problems.append(str(error))
             continue
         for part in parts:
-            problem = problem_of(part.shape)
+            problem = form.problem(part.shape)
             if problem is None and part.dtype not in FLOAT_DTYPES:
                 problem = f"can only quantize {', '.join(FLOAT_DTYPES)}, got {part.dtype}"
-            chosen[part.module] = part
+            chosen[part.module], formats[part.module], scales[part.module] = part, form, scheme.input_scale
             modules.append(part.module)
             if problem is not None:
                 problems.append(f"{weight.name}: {problem}; add it to `ignore`")
@@ -178,11 +242,14 @@ def select(
         f"{module}: {count} weights have this name; the checkpoint is damaged, remove the stale ones"
         for module, count in Counter(modules).items() if count > 1
     ]  # fmt: skip
-    idle, unused = _unused(recipe, sets)
     linear = {name: entry for name, entry in kept.items() if is_linear(entry[0])}
-    problems += _split_units(chosen, linear)
+    split = _split_units(formats, linear)
     shared = units(chosen)
     together = {module for members in shared.values() for module in members}
     alone = {module: (module,) for module in chosen if module not in together}
     by_unit = {key: tuple(chosen[m] for m in members) for key, members in {**shared, **alone}.items()}
-    return Selection(tuple(chosen.values()), kept, by_unit, tuple(unused), tuple(idle), tuple(problems))
+    problems += split or _shape_problems(by_unit, formats)
+    return Selection(
+        tuple(chosen.values()), formats, scales, kept, by_unit, tuple(chooser.unused), tuple(chooser.idle()),
+        tuple(chooser.overlaps), tuple(problems),
+    )  # fmt: skip

@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mso_hub.formats import DENSE
-from mso_hub.formats.nvfp4 import Nvfp4Decoder
-from mso_hub.formats.packed_int import PackedInt
+from mso_hub.formats import Format
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.planner import Plan
 from mso_hub.plan.recipe import Recipe
@@ -27,6 +25,7 @@ class Change:
     kind           `model.layers.N.mlp.up_proj`
     becomes        scheme or dtype
     before, after  bytes
+    encoded        quantized now, neither decoded nor copied
     """
 
     kind: str
@@ -34,6 +33,7 @@ class Change:
     count: int
     before: int
     after: int
+    encoded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +84,15 @@ class Stored:
 
 def form_of(weight: Weight) -> Stored:
     """How one weight is stored, whatever its activations."""
-    if isinstance(weight.decoder, Nvfp4Decoder):
-        return Stored("nvfp4", 4, layout=weight.decoder.layout)
-    if isinstance(weight.decoder, PackedInt):
-        return Stored(f"int{weight.decoder.bits}", weight.decoder.bits, layout="compressed-tensors")
-    return Stored(weight.dtype)
+    decoder = weight.decoder
+    if decoder is None or not decoder.layout:
+        return Stored(weight.dtype)
+    return Stored(decoder.scheme, decoder.bits, layout=decoder.layout)
+
+
+def planned_form(form: Format) -> Stored:
+    """How weights of a format are stored."""
+    return Stored(form.name, form.bits, form.activations, form.layout)
 
 
 def packed_as(weights: Iterable[Weight]) -> str:
@@ -103,20 +107,26 @@ def command(recipe: Recipe, source: str, target: str) -> str:
     """
     default = Recipe(scheme=recipe.scheme)
     words = ["mso-hub", "quantize"]
-    if recipe.scheme == DENSE:
+    if recipe.decodes:
         extract = recipe.text_only and recipe.dtype == default.dtype
         words[1] = "extract-text" if extract else "decompress"
         words += ["--dtype", DTYPES[recipe.dtype].lower()] if recipe.dtype != default.dtype else []
         words += ["--text_only"] if recipe.text_only and not extract else []
     else:
         words += ["--format", recipe.scheme] if recipe.scheme != Recipe().scheme else []
+        words += ["--recipe", "RECIPE.toml"] if recipe.rules else []
         words += ["--layout", recipe.layout] if recipe.layout != default.layout else []
         words += ["--all_linear"] if recipe.mode == "all-linear" else []
         words += [word for pattern in recipe.targets for word in ("--targets", shlex.quote(pattern))]
         words += [word for pattern in recipe.ignore for word in ("--ignore", shlex.quote(pattern))]
         words += [] if recipe.default_ignore else ["--no_default_ignore"]
-        words += [] if recipe.input_scale is None else ["--input_scale", repr(float(recipe.input_scale))]
-        words += ["--scale_search", recipe.scale_search] if recipe.scale_search != default.scale_search else []
+        words += [] if recipe.activations is None else ["--activations", str(recipe.activations)]
+        words += [] if recipe.group_size is None else ["--group_size", str(recipe.group_size)]
+        words += [] if recipe.symmetric is None else ["--symmetric" if recipe.symmetric else "--asymmetric"]
+        if isinstance(recipe.input_scale, int | float):
+            words += ["--input_scale", repr(float(recipe.input_scale))]
+        words += ["--scale_search", recipe.scale_search] if recipe.scale_search is not None else []
+        words += ["--kv_cache", "fp8"] if recipe.kv_cache else []
         words += ["--text_only"] if recipe.text_only else []
     return " ".join([*words, "--input_dir", source, "--output_dir", target])
 
@@ -147,16 +157,20 @@ def kind_of(module: str) -> str:
 
 def changes(plan: Plan) -> list[Change]:
     """One entry for each kind of module and each form that it gets, sorted."""
-    found: dict[tuple[str, str], list[int]] = {}
+    found: dict[tuple[str, str, bool], list[int]] = {}
     for step in (step for shard in plan.shards for step in shard.steps):
-        if step.unit is None and step.weight.decoder is None:
+        if not step.changes:
             continue
-        becomes = plan.recipe.scheme if step.unit else step.outputs[0].dtype
-        row = found.setdefault((kind_of(step.weight.module), becomes), [0, 0, 0])
+        becomes = step.format.name if step.format is not None else step.outputs[0].dtype
+        encoded = step.format is not None
+        row = found.setdefault((kind_of(step.weight.module), becomes, encoded), [0, 0, 0])
         row[0] += 1
         row[1] += step.weight.nbytes
         row[2] += sum(info.nbytes for info in step.outputs)
-    return [Change(kind, becomes, *row) for (kind, becomes), row in sorted(found.items())]
+    return [
+        Change(kind, becomes, count, before, after, encoded)
+        for (kind, becomes, encoded), (count, before, after) in sorted(found.items())
+    ]
 
 
 def by_reason(kept: Mapping[str, str]) -> list[Kept]:

@@ -14,7 +14,7 @@ import numpy as np
 from mso_hub.engine.threads import default_workers
 from mso_hub.errors import VerifyError
 from mso_hub.events import Listener, ignore
-from mso_hub.formats.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import read_rows
 from mso_hub.verify.report import TensorError, plain
 from mso_hub.verify.run import Opened, distance, global_scale, like, opening

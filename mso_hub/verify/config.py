@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from mso_hub.checkpoint import Checkpoint
+from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.detect import quantization_configs
-from mso_hub.formats.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.recipe import DEFAULT_IGNORE
 

@@ -16,10 +16,10 @@ from mso_hub.checkpoint import Array, Checkpoint, TensorInfo, parse_config
 from mso_hub.engine.threads import default_workers
 from mso_hub.errors import CheckpointError, PlanError, VerifyError
 from mso_hub.events import Listener, TensorDone, ignore
+from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.decoders.packed_int import shape_reader
 from mso_hub.formats.detect import quantization_configs, read_weights
 from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
-from mso_hub.formats.nvfp4 import Nvfp4Decoder
-from mso_hub.formats.packed_int import shape_reader
 from mso_hub.formats.weight import FLOAT_DTYPES, Reader, Weight, read_rows
 from mso_hub.plan.experts import is_fused_experts, split_experts
 from mso_hub.plan.fusion import unit_of, units

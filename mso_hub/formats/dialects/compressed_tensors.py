@@ -12,7 +12,7 @@ Source: compressed-tensors 0.19, compressors/ and quantization/quant_args.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mso_hub.errors import CheckpointError
@@ -20,13 +20,8 @@ from mso_hub.errors import CheckpointError
 VERSION = "0.19.0"
 """Release whose JSON this writes; vLLM parses it as far back as 0.17."""
 
-NVFP4_SUFFIXES = {
-    "codes": "weight_packed", "scale": "weight_scale",
-    "global": "weight_global_scale", "input": "input_global_scale",
-}  # fmt: skip
 
-
-def _args(**fields: Any) -> dict[str, Any]:
+def arguments(**fields: Any) -> dict[str, Any]:
     """QuantizationArgs as JSON, every field spelled out, as the library writes it."""
     defaults: dict[str, Any] = {
         "num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "strategy": None,
@@ -36,28 +31,27 @@ def _args(**fields: Any) -> dict[str, Any]:
     return defaults | fields
 
 
-def nvfp4_config(ignore: Iterable[str], *, activations: bool) -> dict[str, Any]:
-    """`quantization_config` of an NVFP4 checkpoint: weight-only, or W4A4 with `activations`."""
-    fp4 = {"num_bits": 4, "group_size": 16, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
-    inputs = _args(**fp4, dynamic="local", observer="static_minmax") if activations else None
-    layout = "nvfp4-pack-quantized"
+def config(
+    groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]], ignore: Iterable[str], *, kv_cache: bool
+) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint.
+
+    groups    what a format says of itself (`Format.group`) and which modules have it: names, patterns or "Linear"
+    kv_cache  announce an FP8 KV cache
+    """
+    layouts = list(dict.fromkeys(group["format"] for group, _ in groups))
     return {
         "quant_method": "compressed-tensors",
         "version": VERSION,
         "quantization_status": "compressed",
-        "format": layout,
+        "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": list(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": arguments(strategy="tensor") if kv_cache else None,
         "transform_config": {},
         "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "format": layout,
-                "weights": _args(**fp4),
-                "input_activations": inputs,
-                "output_activations": None,
-            }
+            f"group_{at}": {"targets": list(targets), **group, "output_activations": None}
+            for at, (group, targets) in enumerate(groups)
         },
     }
 

@@ -167,3 +167,115 @@ def e4m3_from_f32(value: np.float32) -> int:
         rounded = u + np.uint32(0x7FFFF) + ((u >> np.uint32(20)) & np.uint32(1))
         code = (rounded >> np.uint32(20)) - np.uint32(960)
     return int(code | sign)
+
+
+PRECISION = {"F32": 0, "BF16": 1, "F16": 2}
+"""Safetensors dtype tag -> the number by which a kernel knows it."""
+
+
+@kernel
+def round_f32(value: np.float32, precision: int) -> np.float32:
+    """Nearest number of a dtype (`PRECISION`), ties to even, as float32; too large is infinite."""
+    if precision == 0:
+        return value
+    u = np.float32(value).view(np.uint32)
+    sign = np.uint32(u & np.uint32(0x80000000))
+    magnitude = np.float32(abs(value))
+    if not magnitude < np.float32(np.inf):
+        return value
+    if precision == 1:
+        u = np.uint32(u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1)))
+        return np.uint32(u & np.uint32(0xFFFF0000)).view(np.float32)
+    if magnitude < np.float32(2.0**-14):
+        # The step of F16 below its normal numbers, 2**-24, is that of float32 from 0.5 to 1.
+        u = np.float32(np.float32(magnitude + np.float32(0.5)) - np.float32(0.5)).view(np.uint32)
+        return np.uint32(u | sign).view(np.float32)
+    if magnitude >= np.float32(65520.0):
+        return np.uint32(sign | np.uint32(0x7F800000)).view(np.float32)
+    u = np.uint32(u + np.uint32(0xFFF) + ((u >> np.uint32(13)) & np.uint32(1)))
+    return np.uint32(u & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+@kernel
+def next_f32(value: np.float32, precision: int, steps: int) -> np.float32:
+    """The number `steps` (-1, 0 or 1) places above a positive number of a dtype (`PRECISION`)."""
+    if steps == 0:
+        return value
+    if precision == 2 and (value < np.float32(2.0**-14) or (steps < 0 and value == np.float32(2.0**-14))):
+        return np.float32(value + np.float32(steps) * np.float32(2.0**-24))
+    unit = np.int64(1)
+    if precision == 1:
+        unit = np.int64(1 << 16)
+    if precision == 2:
+        unit = np.int64(1 << 13)
+    u = np.float32(value).view(np.uint32)
+    return np.uint32(np.int64(u) + steps * unit).view(np.float32)
+
+
+@kernel
+def load_f16(bits: Array, x: Array) -> None:
+    """Widen finite F16 bits [n] (uint16) into x [n], the uint32 bits of float32.
+
+    Moved 13 places, exponent and mantissa stand where float32 has them, with a bias of 15 instead
+    of 127. Multiplying by 2**112 mends that, for subnormal numbers too.
+    """
+    values = x.view(np.float32)
+    for i in range(bits.size):
+        x[i] = np.uint32(bits[i] & np.uint16(0x7FFF)) << np.uint32(13)
+    for i in range(bits.size):
+        values[i] *= np.float32(2.0**112)
+    for i in range(bits.size):
+        x[i] |= np.uint32(bits[i] & np.uint16(0x8000)) << np.uint32(16)
+
+
+@kernel
+def e4m3_codes(x: Array, step: np.float32, codes: Array) -> None:
+    """E4M3 codes [n] (uint8) of x / step, for x [n] the uint32 bits of finite float32 and a positive step.
+
+    Nearest, ties to even, saturating at +-448; -0.0 is 0x80. The roundings are those of `e4m3_from_f32`, without
+    its branches.
+    """
+    values = x.view(np.float32)
+    for i in range(codes.size):
+        y = min(np.float32(abs(values[i]) / step), np.float32(448.0))
+        u = np.float32(y).view(np.uint32)
+        even = np.uint32(u >> np.uint32(20)) & np.uint32(1)
+        normal = np.uint32(np.uint32(u + np.uint32(0x7FFFF) + even) >> np.uint32(20)) - np.uint32(960)
+        subnormal = np.float32(y + np.float32(2.0**14)).view(np.uint32)
+        code = np.uint8(subnormal) if y < np.float32(2.0**-6) else np.uint8(normal)
+        codes[i] = code | np.uint8(np.uint32(x[i] >> np.uint32(24)) & np.uint32(0x80))
+
+
+@kernel
+def load_e4m3(codes: Array, x: Array) -> None:
+    """Widen E4M3 codes [n] (uint8) into x [n], the uint32 bits of float32; 0x7f and 0xff become NaN.
+
+    As `load_f16`: 20 places, and 2**120 for the biases 7 and 127.
+    """
+    values = x.view(np.float32)
+    for i in range(codes.size):
+        x[i] = np.uint32(codes[i] & np.uint8(0x7F)) << np.uint32(20)
+    for i in range(codes.size):
+        values[i] *= np.float32(2.0**120)
+    for i in range(codes.size):
+        nan = np.uint32(0x7FC00000) if codes[i] & np.uint8(0x7F) == np.uint8(0x7F) else np.uint32(0)
+        x[i] |= nan | (np.uint32(codes[i] & np.uint8(0x80)) << np.uint32(24))
+
+
+def _e8m0_values() -> npt.NDArray[np.float32]:
+    """Value of each of the 256 E8M0 codes: 2**(code - 127); 255 is NaN, 0 is a subnormal float32."""
+    table = np.ldexp(np.float32(1), np.arange(256, dtype=np.int32) - 127).astype(np.float32)
+    table[255] = np.nan
+    table.flags.writeable = False
+    return table
+
+
+with np.errstate(over="ignore"):  # 2**128, whose place NaN takes
+    E8M0 = _e8m0_values()
+"""float32 [256]: E8M0 code -> value, a power of two."""
+
+
+def e8m0_to_f32(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Values of E8M0 codes of any shape: 2**(code - 127), exact; 0xff is NaN."""
+    values: npt.NDArray[np.float32] = E8M0[codes]
+    return values

@@ -1,0 +1,112 @@
+"""Formats of modules -> `quantization_config`: exact groups of modules, named as shortly as loaders allow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mso_hub.formats import Format
+from mso_hub.formats.dialects import compressed_tensors, deepseek, modelopt
+from mso_hub.formats.weight import Weight
+from mso_hub.plan.fusion import unit_of
+from mso_hub.plan.recipe import Recipe
+from mso_hub.plan.select import EXPERT, LINEAR, is_linear
+
+
+def linear_modules(kept: Mapping[str, tuple[Weight, str]]) -> list[str]:
+    """Modules that stay and that a loader may ask the config for."""
+    return [module for module, (weight, _) in kept.items() if is_linear(weight)]
+
+
+def announce(
+    config: Mapping[str, Any], recipe: Recipe, formats: Mapping[str, Format], kept: Sequence[str], ignore: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """config.json with its `quantization_config`, and the layout's own JSON files.
+
+    kept  linear modules that stay: no pattern may cover them
+    """
+    by_name: dict[str, tuple[Format, list[str]]] = {}
+    for module, form in formats.items():
+        key = form.algo if recipe.layout == "modelopt" else repr(form.group)
+        by_name.setdefault(key, (form, []))[1].append(module)
+    groups = list(by_name.values())
+    files: dict[str, dict[str, Any]] = {}
+    if recipe.layout == "modelopt":
+        named = [(form.algo, _with_aliases(modules)) for form, modules in groups]
+        said = modelopt.config(named, ignore, kv_cache=recipe.kv_cache)
+        files[modelopt.QUANT_CONFIG_FILE] = modelopt.file(named, ignore, kv_cache=recipe.kv_cache)
+    elif recipe.layout == "deepseek":
+        said = deepseek.config(ignore)
+    else:
+        targets = [[LINEAR]] if len(groups) == 1 else group_targets([modules for _, modules in groups], kept)
+        pairs = [(form.group, names) for (form, _), names in zip(groups, targets, strict=True)]
+        said = compressed_tensors.config(pairs, ignore, kv_cache=recipe.kv_cache)
+    return {"config.json": {**config, "quantization_config": said}, **files}
+
+
+def _with_aliases(modules: Iterable[str]) -> list[str]:
+    """Modules and the container of their experts, under which vLLM asks ModelOpt's config for them."""
+    names = dict.fromkeys(modules)
+    return [*names, *dict.fromkeys(match["bank"] for match in map(EXPERT.match, names) if match)]
+
+
+def group_targets(groups: Sequence[Sequence[str]], kept: Sequence[str]) -> list[list[str]]:
+    """Targets of several config groups: one pattern for a kind of module where it is exact, else names.
+
+    A pattern begins at the first component that all engines have in common (`layers.`), because engines put their own
+    prefixes before it and cannot rewrite patterns. The fused module that an engine makes of several is named too.
+
+    kept  modules that no pattern may cover
+    """
+    known = [(at, module) for at, modules in enumerate(groups) for module in modules] + [(-1, m) for m in kept]
+    targets: list[list[str]] = []
+    for at, modules in enumerate(groups):
+        kinds: dict[str, list[str]] = {}
+        for module in modules:
+            kinds.setdefault(_pattern(module, layers=None), []).append(module)
+        named: list[str] = []
+        for pattern, members in kinds.items():
+            named += _exact(pattern, members, at, known)
+        aliases = dict.fromkeys(filter(None, (unit_of_target(name) for name in named)))
+        targets.append([*named, *(alias for alias in aliases if alias not in named)])
+    return targets
+
+
+def unit_of_target(target: str) -> str | None:
+    """The fused module of a name, or of the last component of a pattern."""
+    if not target.startswith("re:"):
+        return unit_of(target)
+    head, dot, leaf = target.removesuffix("$").rpartition(r"\.")
+    fused = unit_of(leaf)
+    return None if fused is None or not dot else f"{head}{dot}{fused}$"
+
+
+def _pattern(module: str, layers: Sequence[str] | None) -> str:
+    """`re:` pattern of a module's kind: numbers become \\d+, or the first one a choice of `layers`."""
+    parts = module.split(".")
+    if "layers" in parts:
+        parts = parts[parts.index("layers") :]
+    words: list[str] = []
+    for part in parts:
+        if not part.isdigit():
+            words.append(re.escape(part))
+        elif layers is not None:
+            words.append("(" + "|".join(layers) + ")")
+            layers = None
+        else:
+            words.append(r"\d+")
+    return r"re:(.*\.)?" + r"\.".join(words) + "$"
+
+
+def _exact(pattern: str, members: Sequence[str], group: int, known: Sequence[tuple[int, str]]) -> list[str]:
+    """The pattern where it covers this group's members alone; with their layer numbers; else every name."""
+    layer = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+    found = [match[1] for match in map(layer.search, members) if match]
+    numbers = sorted(dict.fromkeys(found), key=int)
+    for candidate in (pattern, _pattern(members[0], numbers)) if len(found) == len(members) else (pattern,):
+        compiled = re.compile(candidate[3:])
+        if {module for at, module in known if at != group and compiled.match(module)}:
+            continue
+        return [candidate]
+    return list(members)

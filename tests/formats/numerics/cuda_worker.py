@@ -1,0 +1,68 @@
+"""Runs the CUDA kernels: in this process on a GPU, or in a second one under Triton's interpreter.
+
+The interpreter must be chosen before triton is imported, so it gets a process of its own: the tests
+around it, and the libraries that they load, never see it.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.formats.numerics.strategies import TORCH, to_bits, to_torch
+
+TAGS = {np.dtype(np.uint16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
+
+
+def choose_interpreter() -> None:
+    """First thing in the new process."""
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def call(device: str, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """`module.function` of the cuda package; numpy in, numpy out, BF16 as uint16, dtypes by their tag."""
+    module, _, function = name.rpartition(".")
+    run = getattr(import_module(f"mso_hub.formats.numerics.cuda.{module}"), function)
+    result = run(*(enter(a, device) for a in args), **{key: enter(a, device) for key, a in options.items()})
+    return tuple(map(leave, result)) if isinstance(result, tuple) else leave(result)
+
+
+def enter(argument: Any, device: str) -> Any:
+    """A numpy array as a tensor on the device, a dtype tag as a torch dtype; anything else as it is."""
+    if isinstance(argument, str):
+        return TORCH.get(argument, argument)
+    if not isinstance(argument, np.ndarray):
+        return argument
+    tag = TAGS.get(argument.dtype)
+    tensor = to_torch(argument, tag) if tag else torch.from_numpy(np.array(argument))
+    return tensor.to(device)
+
+
+def leave(result: Any) -> Any:
+    """A tensor as numpy; floats as their bits."""
+    if not isinstance(result, torch.Tensor):
+        return result
+    return to_bits(result.cpu()) if result.is_floating_point() else result.cpu().numpy()
+
+
+class Kernels:
+    """kernels("nvfp4.encode", values, scale) -> what that function returns, on one device."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), choose_interpreter) if device == "cpu" else None
+
+    def __call__(self, name: str, *args: Any, **options: Any) -> Any:
+        if self.pool is None:
+            return call(self.device, name, args, options)
+        return self.pool.submit(call, self.device, name, args, options).result()
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
