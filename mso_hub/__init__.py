@@ -8,8 +8,10 @@
     7     progress    events -> a bar or JSON lines
     7     recard      finished repo -> its model card
     6     pipeline    START HERE: convert() = source -> plan -> engine -> sink
+    6     assess      errors of several formats -> a recipe that chooses among them
     6     verify      finished repo -> report
     5     card        plan + measured errors -> README.md
+    5     losses      measured errors, weight by weight -> JSON, Markdown
     4     engine      shard plans -> finished pieces in order
     3     plan        headers + recipe -> exact output layout (no weight is read)
     2     source      folder or Hub -> headers, tensors
@@ -28,8 +30,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mso_hub.assess import Choice, choose_formats, measure_errors
     from mso_hub.errors import MsoError
     from mso_hub.legacy import StreamingQuantizer, decompress_model_incremental
+    from mso_hub.losses import ErrorTable
     from mso_hub.pipeline import convert, make_plan
     from mso_hub.plan import Plan, Recipe
     from mso_hub.sink import HubTarget, open_sink
@@ -39,22 +43,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Choice": "assess",
+    "ErrorTable": "losses",
     "HubTarget": "sink",
     "MsoError": "errors",
     "Plan": "plan",
     "Recipe": "plan",
     "Report": "verify",
     "StreamingQuantizer": "legacy",
+    "choose_formats": "assess",
     "compare_checkpoints": "verify",
     "convert": "pipeline",
     "decompress_model_incremental": "legacy",
     "make_plan": "pipeline",
+    "measure_errors": "assess",
     "open_sink": "sink",
     "open_source": "source",
     "verify_checkpoint": "verify",
 }
 
 __all__ = [
+    "Choice",
+    "ErrorTable",
     "HubTarget",
     "MsoError",
     "Plan",
@@ -62,10 +72,12 @@ __all__ = [
     "Report",
     "StreamingQuantizer",
     "__version__",
+    "choose_formats",
     "compare_checkpoints",
     "convert",
     "decompress_model_incremental",
     "make_plan",
+    "measure_errors",
     "open_sink",
     "open_source",
     "verify_checkpoint",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
-from mso_hub.engine import SAMPLE, Distance, Piece
+from mso_hub.engine import SAMPLE, exactness, noted_errors, noted_inexact
 from mso_hub.hub import Address, is_address, looks_like_repo, parse_address
 from mso_hub.hub.model_card import (
     CARRIED,
@@ -40,7 +37,6 @@ from mso_hub.plan.summary import (
     changes,
     command,
     imported,
-    kind_of,
     main_dtype,
     packed_as,
     percent,
@@ -50,7 +46,7 @@ from mso_hub.plan.summary import (
 from mso_hub.source import Source
 
 CARD = "README.md"
-QUALITIES = ("count", "sum", "worst")
+FIRST = f"the first rows of every weight (up to {SAMPLE:,} numbers)"
 SHOWN = 8
 """Reasons why modules stay, and kinds of modules for each of them, that a card spells out."""
 
@@ -80,6 +76,7 @@ class Facts:
     packed       schemes of the source's packed weights that have another form now, "" where there are none
     recipe       how it was made, None when it is not known; `imported` names what of it no command line tells
     measured     how the errors were found
+    exactness    how much of what was MXFP4 is NVFP4 without a loss, "" where nothing was
     activation   where activation scales come from, "" where there are none
     made         this tool made the checkpoint; otherwise only the card is its work
     exact        what is not in the table has the bytes of the source
@@ -98,6 +95,7 @@ class Facts:
     commit: str | None = None
     endpoint: str | None = None
     measured: str = ""
+    exactness: str = ""
     activation: str = ""
     remote_code: bool = False
     revision: str | None = None
@@ -139,49 +137,13 @@ class Target(Protocol):
         """Numbers noted by this run and the ones that it continues."""
 
 
-def note_errors(pieces: Generator[Piece, None, None], note: Callable[[str, float], None]) -> Iterator[Piece]:
-    """Pass pieces on; when a shard is about to be complete, note the errors of its kinds of weights.
-
-    Noted before the shard counts as done, so that a resumed run knows the errors of every shard that it keeps.
-    """
-    found: dict[str, list[float]] = {}
-    sums: dict[str, Distance] = {}
-    with closing(pieces):
-        for piece in pieces:
-            module = piece.step.weight.module
-            if piece.distance is not None:
-                sums[module] = sums[module] + piece.distance if module in sums else piece.distance
-            if piece.done and module in sums:
-                found.setdefault(kind_of(module), []).append(sums.pop(module).nmse)
-            if piece.done and piece.step is piece.shard.steps[-1]:
-                for kind, errors in found.items():
-                    for quality, value in zip(QUALITIES, (len(errors), math.fsum(errors), max(errors)), strict=True):
-                        note(json.dumps(["error", piece.shard.name, kind, quality]), value)
-                found.clear()
-            yield piece
-
-
-def noted_errors(notes: Mapping[str, float]) -> dict[str, tuple[int, float, float]]:
-    """Kind -> (weights, mean, worst) over all shards, whatever the order of the notes; other notes are skipped."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for key, value in notes.items():
-        try:
-            mark, _, kind, quality = json.loads(key) if key.startswith('["error"') else ("", "", "", "")
-        except ValueError:  # the name of a unit may look like that
-            continue
-        if mark == "error" and isinstance(kind, str) and quality in QUALITIES:
-            found.setdefault(kind, {quality: [] for quality in QUALITIES})[quality].append(value)
-    return {
-        kind: (int(sum(row["count"])), math.fsum(row["sum"]) / max(1.0, sum(row["count"])), max(row["worst"]))
-        for kind, row in found.items()
-        if row["worst"]
-    }
-
-
-def write_card(plan: Plan, source: Source, sink: Target, base_model: str | None = None) -> bytes:
+def write_card(
+    plan: Plan, source: Source, sink: Target, base_model: str | None = None, *, whole: bool = False
+) -> bytes:
     """README.md for the output of a plan, with the errors that the run noted; never raises for what the source says.
 
     base_model  repo id or address, where the source does not tell; RecipeError for the address of anything but a model
+    whole       errors were measured on every number, not on SAMPLE of each weight
     """
     recipe, origin = plan.recipe, source.origin
     target, revision = target_of(sink.name)
@@ -197,7 +159,8 @@ def write_card(plan: Plan, source: Source, sink: Target, base_model: str | None 
         source=origin.repo_id if origin else None,
         commit=origin.commit if origin else None,
         endpoint=origin.endpoint if origin else None,
-        measured=f"while converting, on the first rows of every weight (up to {SAMPLE:,} numbers)",
+        measured="while converting, on " + ("every number" if whole else FIRST),
+        exactness=exactness(noted_inexact(plan, sink.notes)),
         activation=_activation(recipe),
         remote_code="auto_map" in plan.config,
         text_only=recipe.text_only,
@@ -205,7 +168,7 @@ def write_card(plan: Plan, source: Source, sink: Target, base_model: str | None 
         files={*plan.carried, *plan.files},
         packed=packed_as(step.weight for shard in plan.shards for step in shard.steps),
         recipe=recipe,
-        imported=imported(scales=bool(recipe.input_amax), ignore=bool(recipe.imported_ignore)),
+        imported=imported(scales=bool(recipe.input_amax), ignore=bool(recipe.imported_ignore and not recipe.rules)),
         folder=parse_address(source.name).folder if is_address(source.name) else "",
     )
     return render(facts, read_card(source)).encode()
@@ -351,6 +314,7 @@ def _summary(facts: Facts) -> list[tuple[str, str]]:
         ("Scheme", ", ".join(dict.fromkeys(f"{s.scheme.upper()}, {s.short}" for s in packed)) or facts.label),
         ("Layout", ", ".join(dict.fromkeys(stored.layout for stored in packed))),
         ("Activation scale", facts.activation),
+        ("MXFP4 to NVFP4", facts.exactness),
         ("Size", sizes or size(facts.after)),
         ("Command", _command(facts)),
         ("Made with" if facts.made else "Card written with", by),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mso_hub.checkpoint import Checkpoint
+from mso_hub.errors import RecipeError
 from mso_hub.formats import ALIASES, DENSE, FORMATS, READABLE
 from mso_hub.formats.detect import quantization_configs
 from mso_hub.plan import Plan
+from mso_hub.plan.presets import ALIASES as PRESET_ALIASES
+from mso_hub.plan.presets import find_preset, near_preset, preset_comment, preset_names, preset_text
+from mso_hub.plan.recipe_file import read_recipe
 from mso_hub.plan.summary import changes, kind_of, size
 from mso_hub.verify import Comparison, Report
 
 SHOWN = 12
+COLUMNS = 100
 
 
 def table(rows: Iterable[Sequence[object]], heads: Sequence[str]) -> str:
@@ -196,4 +202,23 @@ def formats_text() -> str:
     return "\n\n".join([
         table([*formats_rows(), *historic, dense], ("writes", "what", "layouts (loaders)", "activations", "choices")),
         table(READABLE.items(), ("reads", "what")),
+    ])  # fmt: skip
+
+
+def presets_text(name: str | None = None) -> str:
+    """What `mso-hub formats --presets` prints: all of them, or the file of one; RecipeError for an unknown name."""
+    if name is not None:
+        preset = find_preset(name)
+        if preset is None:
+            raise RecipeError(f"{name}: there is no such preset{near_preset(name)}; --presets alone lists them")
+        return preset_text(preset).rstrip()
+    labels = {preset: read_recipe(preset).label for preset in preset_names()}
+    width = COLUMNS - 4 - max(map(len, labels)) - max(map(len, labels.values()))
+    rows = []
+    for preset, label in labels.items():
+        first, *more = textwrap.wrap(preset_comment(preset)[0], width)
+        rows += [(preset, label, first), *(("", "", line) for line in more)]
+    return "\n\n".join([
+        table(rows, ("preset", "formats", "what")),
+        table(sorted(PRESET_ALIASES.items()), ("also called", "preset")),
     ])  # fmt: skip

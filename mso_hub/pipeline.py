@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mso_hub.card import CARD, note_errors, repo_of, write_card
-from mso_hub.engine import SAMPLE, Piece, ThreadEngine, write_pieces
+from mso_hub.card import CARD, repo_of, write_card
+from mso_hub.engine import SAMPLE, WHOLE, Piece, ThreadEngine, exactness, note_errors, noted_inexact, write_pieces
 from mso_hub.errors import CheckpointError, RecipeError
 from mso_hub.events import Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
-from mso_hub.formats.decoders.packed_int import shape_reader
+from mso_hub.formats.decoders.base import shape_reader
 from mso_hub.hub import is_address, looks_like_repo
+from mso_hub.losses import check_path, run_report, write_report
 from mso_hub.plan import Plan, Recipe, plan_checkpoint
 from mso_hub.sink import Entry, Sink, open_sink
 from mso_hub.source import Job, Range, Source, open_source, read_checkpoint
@@ -39,6 +40,8 @@ def convert(
     engine: ThreadEngine | None = None,
     card: bool | None = None,
     base_model: str | None = None,
+    report: Sequence[str | Path] = (),
+    notes: Sequence[str] = (),
     on_event: Listener = ignore,
 ) -> Plan:
     """Write the checkpoint at `source` to `sink` as the recipe says; continues an unfinished run of the same job.
@@ -48,17 +51,20 @@ def convert(
     engine        threads and memory; by default all processors and 448 MiB of weights in flight
     card          write a model card in place of the source's README.md; None: where the output is a repo on the Hub
     base_model    repo id for the card, where the source does not tell
+    report        files, .json or .md, for the error of every weight, measured on every number
+    notes         sentences that the plan's notes begin with: how the recipe was chosen
     Raises MsoError (see errors.py); nothing is visible at the sink unless this returns.
     """
     if base_model is not None and not looks_like_repo(repo_of(base_model)):
         raise RecipeError(f"base_model: must be the id of a repo, org/name, got {base_model!r}")
+    reports = [check_path(path) for path in report]
     given = source
     source, sink = _opened(source, sink, on_event)
     engine = engine or ThreadEngine()
     card = is_address(sink.name) if card is None else card
     try:
         stamps = {name: source.stamp(name) for name in source.files()}
-        plan = make_plan(source, recipe)
+        plan = _with_notes(make_plan(source, recipe), before=notes)
         sizes = {n: size for n, size in plan.sizes(source.files()).items() if not (card and n == CARD)}
         sink.guard(source.origin)
         sink.begin(plan.job, sizes)
@@ -70,9 +76,10 @@ def convert(
         abort = partial(_abort, source, sink)
         pieces = engine.run(
             plan, work.shards, source.read, _Notes(sink), apart=source.read_apart, once=source.distant,
-            measure=SAMPLE if card else 0, abort=abort,
+            measure=WHOLE if reports else SAMPLE if card else 0, abort=abort,
         )  # fmt: skip
-        for piece in write_pieces(note_errors(pieces, sink.note), sink, source.settle, abort):
+        noted = note_errors(pieces, sink.note, each=bool(reports))
+        for piece in write_pieces(noted, sink, source.settle, abort):
             progress.piece(piece)
         for name in work.files:
             work.copy(name)
@@ -80,12 +87,19 @@ def convert(
         _require_unchanged(source, stamps)
         sink.wait()
         progress.stored()
-        closing = {CARD: write_card(plan, source, sink, base_model)} if card else {}
+        exact = exactness(noted_inexact(plan, sink.notes))
+        plan = _with_notes(plan, after=[f"MXFP4 to NVFP4: {exact}"] if exact else [])
+        errors = run_report(plan, sink.notes, sink.name) if reports else None
+        whole = errors is not None and errors.complete
+        closing = {CARD: write_card(plan, source, sink, base_model, whole=whole)} if card else {}
         sink.commit(_manifest(plan, source, {**sink.entries, **_digests(closing)}), closing)
     finally:
         if source is not given:
             source.close()
         sink.close()
+    if errors is not None:
+        for path in reports:
+            write_report(errors, path)
     on_event(Published(sink.name, sum(sizes.values())))
     return plan
 
@@ -98,6 +112,10 @@ def make_plan(source: str | Path | Source, recipe: Recipe) -> Plan:
     finally:
         if opened is not source:
             opened.close()
+
+
+def _with_notes(plan: Plan, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> Plan:
+    return replace(plan, notes=(*before, *plan.notes, *after))
 
 
 def _opened(source: str | Path | Source, sink: str | Path | Sink, on_event: Listener) -> tuple[Source, Sink]:
@@ -215,7 +233,6 @@ def _manifest(plan: Plan, source: Source, entries: Mapping[str, Entry]) -> bytes
     """mso_hub.json: which job made the output, from which commit, how, and the SHA-256 of each file."""
     files = {n: {"nbytes": e.nbytes, "sha256": e.sha256} for n, e in sorted(entries.items())}
     settings = {k: v for k, v in asdict(plan.recipe).items() if k not in ("input_amax", "kv_scales")}
-    settings["imported_ignore"] = len(plan.recipe.imported_ignore)
     content: dict[str, Any] = {"job": plan.job, "version": version("mso-hub"), "recipe": settings}
     if source.origin is not None:
         content |= {"source": source.origin.repo_id, "commit": source.origin.commit}

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from mso_hub.card import CARD, Facts, Row, constant_scale, read_card, render, re
 from mso_hub.checkpoint import TensorInfo
 from mso_hub.errors import HubError, MsoError, RecipeError, SinkError, TransientError, VerifyError
 from mso_hub.events import Listener, ignore
-from mso_hub.formats import ALIASES, DENSE, FORMATS
+from mso_hub.formats import IMPORTED as IMPORTED_SCALE
 from mso_hub.formats.detect import quantization_configs
 from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
 from mso_hub.formats.scales import read_input_scales
 from mso_hub.hub import Address, Client, is_address, looks_like_repo, parse_address
 from mso_hub.hub.model_card import commit_card, parse_metadata, require_writable
 from mso_hub.plan.recipe import Recipe, default_reason
+from mso_hub.plan.recipe_file import manifest_settings
 from mso_hub.plan.select import is_linear
 from mso_hub.plan.summary import Kept, Stored, by_reason, form_of, imported, kind_of, main_dtype, packed_as
 from mso_hub.source import Source, open_source
@@ -36,6 +37,7 @@ from mso_hub.verify import (
     read_manifest,
     verify_checkpoint,
 )
+from mso_hub.verify.announced import activation_bits
 from mso_hub.verify.manifest import COMMIT
 
 TITLE = "Model card, written with mso_hub"
@@ -132,7 +134,7 @@ def _require_good(report: Report, compared: str) -> None:
 def _card(mine: Opened, theirs: Opened | None, report: Report, manifest: Mapping[str, Any], base: str | None) -> str:
     """The whole README.md."""
     inputs = _input_scales(mine)
-    stored = _stored(mine, four=bool(inputs))
+    stored = _stored(mine)
     target, revision = target_of(mine.source.name)
     original = read_card(theirs.source) if theirs else b""
     own = not original
@@ -189,23 +191,27 @@ def _recipe(manifest: Mapping[str, Any]) -> Recipe | None:
     said = manifest.get("recipe")
     if not isinstance(said, dict):
         return None
-    known = {f.name: said[f.name] for f in fields(Recipe) if f.name in said and not f.name.startswith(IMPORTED)}
-    lists = {name: value for name, value in known.items() if name in ("targets", "ignore")}
-    if known.get("scheme") not in (*FORMATS, *ALIASES, DENSE) or known.pop("rules", None):
-        return None
-    if not all(isinstance(value, list) and all(isinstance(v, str) for v in value) for value in lists.values()):
-        return None
     try:
-        return Recipe(**known | {name: tuple(value) for name, value in lists.items()})
-    except (MsoError, TypeError):  # of another version: the card does without the line
+        known = {key: value for key, value in manifest_settings(said).items() if not key.startswith(IMPORTED)}
+        # The number stands for the scales that mso_hub.json leaves out.
+        return Recipe(**known, input_amax={"": 1.0} if _has_imported_scales(said) else {})
+    except (MsoError, TypeError, ValueError, KeyError):  # of another version: the card does without the line
         return None
+
+
+def _has_imported_scales(said: Mapping[str, Any]) -> bool:
+    rules = [rule.get("scheme") for rule in said.get("rules") or () if isinstance(rule, dict)]
+    schemes = [said, *(scheme for scheme in rules if isinstance(scheme, dict))]
+    return any(scheme.get("input_scale") == IMPORTED_SCALE for scheme in schemes)
 
 
 def _imported(manifest: Mapping[str, Any], inputs: Sequence[TensorInfo]) -> list[str]:
     said = manifest.get("recipe")
     said = said if isinstance(said, dict) else {}
-    scales = bool(inputs) and said.get("input_scale") is None and said.get("scheme") == "nvfp4"
-    return imported(scales=scales, ignore=bool(said.get("imported_ignore")))
+    unsaid = said.get("scheme") == "nvfp4" and said.get("input_scale") is None and said.get("activations") is None
+    scales = _has_imported_scales(said) or (bool(inputs) and unsaid and not said.get("rules"))
+    inside = bool(said.get("rules")) and isinstance(said.get("imported_ignore"), list)
+    return imported(scales=scales, ignore=bool(said.get("imported_ignore")) and not inside)
 
 
 def _architectures(opened: Opened) -> object:
@@ -226,33 +232,17 @@ def _from(theirs: Opened | None, manifest: Mapping[str, Any]) -> tuple[str | Non
     return (origin.repo_id, origin.commit, endpoint) if origin else (None, None, None)
 
 
-def _stored(mine: Opened, *, four: bool) -> tuple[Stored, ...]:
-    """Every form that packed weights have, most bytes first; the main dtype where none is packed.
-
-    four  NVFP4 layers quantize their activations too
-    """
-    bits = _activation_bits(mine.checkpoint.config)
+def _stored(mine: Opened) -> tuple[Stored, ...]:
+    """Every form that packed weights have, most bytes first; the main dtype where none is packed."""
+    config = next(iter(quantization_configs(mine.checkpoint.config)), {})
     sizes: dict[Stored, int] = {}
     for weight in mine.weights.values():
         if weight.decoder is not None:
-            stored = replace(form_of(weight), activation_bits=bits)
-            if stored.scheme == "nvfp4":
-                stored = replace(stored, activation_bits=4 if four else 16)
+            stored = replace(form_of(weight), activation_bits=activation_bits(config, weight.module))
             sizes[stored] = sizes.get(stored, 0) + weight.nbytes
     if not sizes:
         return (Stored(main_dtype([(info.dtype, info.nbytes) for info in _tensors(mine)])),)
     return tuple(sorted(sizes, key=lambda stored: -sizes[stored]))
-
-
-def _activation_bits(config: Mapping[str, Any]) -> int:
-    """As config.json announces them for a module that is packed."""
-    groups = next((c.get("config_groups") for c in quantization_configs(config)), None)
-    for group in groups.values() if isinstance(groups, dict) else ():
-        inputs = group.get("input_activations") if isinstance(group, dict) else None
-        bits = inputs.get("num_bits") if isinstance(inputs, dict) else None
-        if isinstance(bits, int) and 0 < bits < 16:
-            return bits
-    return 16
 
 
 def _input_scales(mine: Opened) -> list[TensorInfo]:

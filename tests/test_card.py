@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from mso_hub import Recipe, convert, open_sink, verify_checkpoint
-from mso_hub.card import CARD, constant_scale, note_errors, noted_errors, repo_of, target_of
+from mso_hub.card import CARD, constant_scale, repo_of, target_of
 from mso_hub.cli import main
-from mso_hub.engine import ThreadEngine
+from mso_hub.engine import ThreadEngine, note_errors, noted_errors
 from mso_hub.events import Event, ShardDone
 from mso_hub.hub.lookup import read_small
 from mso_hub.pipeline import make_plan
@@ -168,9 +168,10 @@ def test_the_command_is_in_the_card(served: Served, source: Path) -> None:
     assert said["Command"] == (
         f"`mso-hub quantize --all_linear --input_dir hf://{repo}@{commit} --output_dir hf://org/out@w4%2Fa16`"
     )
-    scales = {f"model.layers.{n}.mlp.experts.{e}.{p}_proj": 0.5
-              for n in range(2) for e in range(4) for p in ("gate", "up", "down")}  # fmt: skip
-    said = facts(card_of(source, Recipe(input_scales=scales, imported_ignore=("lm_head",)), "/x/out"))
+    amax = {f"model.layers.{n}.mlp.experts.{e}.{p}_proj": 1344.0
+            for n in range(2) for e in range(4) for p in ("gate", "up", "down")}  # fmt: skip
+    calibrated = Recipe(input_scale="imported", input_amax=amax, imported_ignore=("lm_head",))
+    said = facts(card_of(source, calibrated, "/x/out"))
     assert said["Command"] == (
         "`mso-hub quantize --input_dir FOLDER --output_dir ./out` "
         "(with imported activation scales and an imported exclude list)"
@@ -244,8 +245,8 @@ def test_schemes(recipe: Recipe, scheme: str, scale: str | None, source: Path) -
 def test_imported_activation_scales(source: Path) -> None:
     """They come from somewhere, and the card does not claim to know how good they are."""
     experts = [f"model.layers.{n}.mlp.experts.{e}" for n in range(2) for e in range(4)]
-    scales = {f"{e}.{p}_proj": 0.5 for e in experts for p in ("gate", "up", "down")}
-    said = facts(card_of(source, Recipe(input_scales=scales)))
+    amax = {f"{e}.{p}_proj": 1344.0 for e in experts for p in ("gate", "up", "down")}
+    said = facts(card_of(source, Recipe(input_scale="imported", input_amax=amax)))
     assert said["Activation scale"] == "imported from another checkpoint, one for each module"
     assert said["Scheme"] == "NVFP4, W4A4"
 
@@ -322,10 +323,10 @@ def test_a_language_model_alone(tmp_path: Path) -> None:
 
 
 def test_packed_weights_that_are_decoded_beside_others_that_are_quantized(tmp_path: Path) -> None:
-    """One kind of module in two forms: errors stand beside what was quantized."""
+    """One kind of module in two forms: errors stand beside what was quantized, into another layout here."""
     folder = tiny_llama(tmp_path / "in")
     convert(folder, tmp_path / "packed", Recipe())
-    text = card_of(tmp_path / "packed", Recipe(ignore=("model.layers.1",)))
+    text = card_of(tmp_path / "packed", Recipe(layout="modelopt", ignore=("model.layers.1",)))
     rows = re.findall(r"^\| `model\.layers\.N\.mlp\.up_proj` \| (\w+) \| 1 \|.*\| ([^|]*) \|$", text, re.MULTILINE)
     assert [row[0] for row in rows] == ["BF16", "nvfp4"]
     assert rows[0][1] == ""

@@ -106,7 +106,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"device": "cuda:0"}, "device 'cuda:0'"),
     ({"num_gpus": 1}, "num_gpus 1: this version computes on the CPU only"),
     ({"calibrate": True, "calib_size": 8, "calib_dataset": "c4"}, "calibrate with 8 samples of c4.*input_scale=1.0"),
-    ({"layout": "gguf"}, "layout must be one of compressed-tensors, modelopt, got 'gguf'"),
+    ({"layout": "gguf"}, "layout must be one of compressed-tensors, modelopt, deepseek, got 'gguf'"),
     ({"input_scale": -1.0}, "input_scale must be a finite number > 0"),
     ({"exclude_config": "/nowhere.json"}, "nowhere.json: needs a quantization config"),
 ]
@@ -181,7 +181,7 @@ def test_decompression_is_convert_under_its_old_name(packed: Path, tmp_path: Pat
     plan = decompress_model_incremental(str(packed), str(tmp_path / "old"), *settings)
     convert(packed, tmp_path / "new", Recipe(scheme="bf16"))
     assert contents(tmp_path / "old") == contents(tmp_path / "new")
-    assert plan.format is None
+    assert plan.formats == {}
     assert {t.dtype for t in tensors_of(tmp_path / "old").values()} == {torch.bfloat16}
 
 

@@ -211,8 +211,8 @@ def test_the_command_of_the_manifest(said: object, cell: str | None, packed: Pat
 def test_imported_activation_scales_are_seen_in_the_weights(source: Path, tmp_path: Path) -> None:
     """The manifest's recipe does not hold them."""
     experts = [f"model.layers.{n}.mlp.experts.{e}" for n in range(2) for e in range(4)]
-    scales = {f"{e}.{p}_proj": 0.5 for e in experts for p in ("gate", "up", "down")}
-    convert(source, tmp_path / "out", Recipe(input_scales=scales))
+    amax = {f"{e}.{p}_proj": 1344.0 for e in experts for p in ("gate", "up", "down")}
+    convert(source, tmp_path / "out", Recipe(input_scale="imported", input_amax=amax))
     path = tmp_path / "out" / "mso_hub.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": {"scheme": "nvfp4"}}))
     assert "./out` (with imported activation scales) |" in make_card(tmp_path / "out").content.decode()
@@ -244,7 +244,7 @@ def test_a_decoded_folder(packed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "inputs", "short"), [(4, None, "W4A16"), (8, None, "W8A16"), (4, {"num_bits": 8}, "W4A8")]
+    ("bits", "inputs", "short"), [(4, None, "W4A16"), (8, None, "W8A16"), (4, {"num_bits": 8, "dynamic": True}, "W4A8")]
 )
 def test_a_checkpoint_of_others(bits: int, inputs: dict[str, object] | None, short: str, tmp_path: Path) -> None:
     """Label and tags are right, what its own card says is kept, and this tool does not claim to have made it."""

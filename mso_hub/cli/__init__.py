@@ -10,15 +10,19 @@ import errno
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mso_hub.cli.errors import CHOICE, choose, shortened
 from mso_hub.cli.options import (
     HUB,
     JSON,
+    LIST_CONFIGS,
+    PRESETS,
     RUN,
     SCHEME,
     SOURCE,
@@ -34,6 +38,7 @@ from mso_hub.cli.options import (
 from mso_hub.errors import MsoError, RecipeError, TransientError
 
 if TYPE_CHECKING:
+    from mso_hub.assess import Choice
     from mso_hub.events import Listener
     from mso_hub.plan import Plan, Recipe
     from mso_hub.sink import Sink
@@ -74,7 +79,7 @@ def main() -> None:
     """Quantize, decompress and check LLM checkpoints, tensor by tensor, without loading the model."""
 
 
-def execute(options: dict[str, Any], recipe: Recipe) -> None:
+def execute(options: dict[str, Any], recipe: Recipe, choice: Choice | None = None) -> None:
     """One conversion with progress and a closing line."""
     from mso_hub.engine import ThreadEngine
     from mso_hub.hub import looks_like_repo
@@ -94,27 +99,30 @@ def execute(options: dict[str, Any], recipe: Recipe) -> None:
     try:
         sink = open_sink(options["output_dir"], fresh=fresh, target=target, on_event=show)
         plan = convert(
-            options["input_dir"], sink, recipe, engine=engine, base_model=options["base_model"], on_event=show
-        )
+            options["input_dir"], sink, recipe, engine=engine, base_model=options["base_model"],
+            report=options.get("report", ()), notes=choice.notes if choice else (), on_event=show,
+        )  # fmt: skip
     finally:
         if isinstance(show, Bar):
             show.close()
     if not options["quiet"] and options["progress"] == "bar":
-        click.echo(closing_lines(plan, sink))
+        click.echo(closing_lines(plan, sink, choice.notes if choice else ()))
 
 
-def closing_lines(plan: Plan, sink: Sink) -> str:
-    """Two lines: what happened, what to do next."""
+def closing_lines(plan: Plan, sink: Sink, shown: Sequence[str] = ()) -> str:
+    """What happened, what there is to know of it that was not shown yet, what to do next."""
     from mso_hub.plan.summary import size
 
-    done = sum(step.unit is not None or step.weight.decoder is not None for s in plan.shards for step in s.steps)
+    done = sum(step.changes for shard in plan.shards for step in shard.steps)
     sizes = f"{done:,} weights, {size(plan.read_bytes)} -> {size(plan.write_bytes)}"
     found = "was complete already, nothing was written: " if sink.finished else ""
-    return f"{found}{sizes} in {sink.where}\ncheck it: mso-hub verify {sink.address} --source {plan.source}"
+    notes = shortened([f"note: {note}" for note in plan.notes if note not in shown])
+    check = f"check it: mso-hub verify {sink.address} --source {plan.source}"
+    return "\n".join([f"{found}{sizes} in {sink.where}", *notes, check])
 
 
 @main.command()
-@several(SOURCE, TARGET, SCHEME, RUN, HUB)
+@several(SOURCE, TARGET, SCHEME, CHOICE, RUN, HUB, LIST_CONFIGS)
 @opt("calibrate", is_flag=True, hidden=True)
 @opt("calib_size", type=int, hidden=True)
 @opt("calib_dataset", hidden=True)
@@ -125,7 +133,9 @@ def quantize(calibrate: bool, calib_size: int | None, calib_dataset: str | None,
             "--calibrate: this version does not run the model; --input_scale 1.0 needs no calibration, "
             "--input_scale DIR takes the scales of a calibrated checkpoint"
         )
-    execute(options, build_recipe(options))
+    recipe = build_recipe(options)
+    choice = choose(options, recipe)
+    execute(options, choice.recipe if choice else recipe, choice)
 
 
 @main.command()
@@ -248,11 +258,12 @@ def compare(first: str, second: str, json: bool) -> None:
 
 
 @main.command()
-def formats() -> None:
+@PRESETS
+def formats(presets: str | None) -> None:
     """List the formats that can be written and read."""
-    from mso_hub.display import formats_text
+    from mso_hub.display import formats_text, presets_text
 
-    click.echo(formats_text())
+    click.echo(formats_text() if presets is None else presets_text(None if presets == "all" else presets))
 
 
 @main.command()
@@ -271,10 +282,11 @@ def emit(content: str | dict[str, Any]) -> None:
 
 
 def _add_hub_commands() -> None:
-    from mso_hub.cli import hub
+    from mso_hub.cli import errors, hub
 
     main.add_command(hub.card)
     main.add_command(hub.devhub)
+    main.add_command(errors.errors)
 
 
 _add_hub_commands()

@@ -83,8 +83,10 @@ RUN = several(
     opt("num_gpus", type=int, default=0, hidden=True),
 )
 SCHEME = several(
-    opt("format", default="nvfp4", metavar="NAME", help="What weights become; `mso-hub formats` lists them [nvfp4]."),
-    opt("layout", default="compressed-tensors", metavar="NAME", help="compressed-tensors (default) or modelopt."),
+    opt("format", metavar="NAME", help="What weights become; `mso-hub formats` lists them [nvfp4]."),
+    opt("recipe", metavar="FILE", help="Several formats: FILE.toml, FILE.yaml, a preset, or an output to do again."),
+    opt("like", metavar="WHERE", help="As the config of a quantized model says: its folder, file or hf://org/name."),
+    opt("layout", metavar="NAME", help="compressed-tensors (default), modelopt or deepseek."),
     opt("mlp_only", is_flag=True, help="Feed-forward layers and experts (the default)."),
     opt("all_linear", is_flag=True, help="Attention projections too."),
     opt("targets", multiple=True, metavar="PATTERN", help="Glob or re:REGEX of modules to quantize; repeatable."),
@@ -92,6 +94,7 @@ SCHEME = several(
     opt("exclude", multiple=True, metavar="PATTERN", help="The same as --ignore."),
     opt("exclude_config", metavar="FILE", help="Config of a reference model whose exclude list is honoured too."),
     opt("no_default_ignore", is_flag=True, help="Offer embeddings, heads, routers, vision, MTP to the targets."),
+    opt("skip_layers", metavar="LIST", help="Decoder layers to leave alone: 0,2-4,-1 (-1 is the last one)."),
     opt("activations", type=click.Choice(["16", "8", "4"]), help="Bits of activations: W4A16, W4A8, W4A4, ..."),
     opt("group_size", type=int, metavar="N", help="INT4, INT8: columns per scale, 0 for one scale a row [128]."),
     click.option("--symmetric/--asymmetric", default=None, help="INT4, INT8: without or with zero points [symmetric]."),
@@ -103,6 +106,31 @@ SCHEME = several(
     opt("block_size", type=int, default=16, hidden=True),
 )  # fmt: skip
 JSON = opt("json", is_flag=True, help="Print JSON.")
+RULE_OPTIONS = (
+    "format", "mlp_only", "all_linear", "targets", "activations", "group_size", "symmetric", "scale_search",
+)  # fmt: skip
+"""Options that a recipe has in each of its rules."""
+
+
+def print_presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    """What `mso-hub formats --presets` prints, in place of the command."""
+    from mso_hub.display import presets_text
+
+    if value and not ctx.resilient_parsing:
+        click.echo(presets_text())
+        ctx.exit()
+
+
+LIST_CONFIGS = click.option(
+    "--list_configs", "--list-configs", is_flag=True, is_eager=True, expose_value=False, callback=print_presets,
+    help="Print the presets that --recipe takes, as `mso-hub formats --presets` does.",
+)  # fmt: skip
+
+
+PRESETS = click.option(
+    "--presets", "--list_configs", "--list-configs", "presets", is_flag=False, flag_value="all", metavar="[NAME]",
+    callback=given, help="The presets that --recipe takes; with a name, the file of that one.",
+)  # fmt: skip
 
 
 def hub_target(options: dict[str, Any], recipe: Recipe) -> HubTarget | None:
@@ -152,31 +180,61 @@ def build_recipe(options: dict[str, Any]) -> Recipe:
     """Options of SCHEME -> Recipe."""
     from mso_hub.legacy import check_block_size
     from mso_hub.plan import Recipe
-    from mso_hub.plan.reference import exclude_patterns
+    from mso_hub.plan.like import recipe_like
+    from mso_hub.plan.recipe_file import read_recipe
 
     check_block_size(options["block_size"])
     if options["mlp_only"] and options["all_linear"]:
         raise RecipeError("--mlp_only and --all_linear contradict each other; keep one")
-    scale, amax = read_input_scale(options["input_scale"])
-    imported = exclude_patterns(options["exclude_config"]) if options["exclude_config"] else []
+    if options["recipe"] and options["like"]:
+        raise RecipeError(f"--recipe {options['recipe']} and --like {options['like']} contradict each other; keep one")
+    said = _said(options)
+    for name, read in (("recipe", read_recipe), ("like", recipe_like)):
+        if where := options[name]:
+            _refuse_rule_options(options, f"--{name} {where}")
+            return read(where, **said)
     return Recipe(
-        scheme=options["format"],
-        layout=options["layout"],
+        scheme=options["format"] or "nvfp4",
         mode="all-linear" if options["all_linear"] else "mlp",
         targets=options["targets"],
-        ignore=options["ignore"] + options["exclude"],
-        imported_ignore=tuple(imported),
-        default_ignore=not options["no_default_ignore"],
         activations=int(options["activations"]) if options["activations"] else None,
         group_size=options["group_size"],
         symmetric=options["symmetric"],
-        input_scale=scale,
-        input_amax=amax,
         scale_search=options["scale_search"],
-        kv_cache=options["kv_cache"] is not None,
-        kv_scales=read_kv(options["kv_scales"]) if options["kv_scales"] else {},
-        text_only=options["text_only"],
+        **said,
     )
+
+
+def _said(options: dict[str, Any]) -> dict[str, Any]:
+    """Fields of Recipe that go with any rules, those that were given."""
+    from mso_hub.plan.layers import split_layers
+    from mso_hub.plan.reference import exclude_patterns
+
+    scale, amax = read_input_scale(options["input_scale"])
+    said = {
+        "layout": options["layout"],
+        "ignore": options["ignore"] + options["exclude"],
+        "imported_ignore": tuple(exclude_patterns(options["exclude_config"])) if options["exclude_config"] else None,
+        "default_ignore": False if options["no_default_ignore"] else None,
+        "skip_layers": split_layers(options["skip_layers"]) if options["skip_layers"] else None,
+        "input_scale": scale,
+        "input_amax": amax,
+        "kv_cache": True if options["kv_cache"] else None,
+        "kv_scales": read_kv(options["kv_scales"]) if options["kv_scales"] else None,
+        "text_only": True if options["text_only"] else None,
+    }
+    return {name: value for name, value in said.items() if value is not None and value != ()}
+
+
+def _refuse_rule_options(options: dict[str, Any], recipe: str) -> None:
+    """RecipeError for an option that contradicts the rules of a recipe."""
+    for name in RULE_OPTIONS:
+        if options[name] is not None and options[name] not in (False, ()):
+            flag = "--symmetric and --asymmetric" if name == "symmetric" else f"--{name}"
+            raise RecipeError(
+                f"{flag}: {recipe} says this in its rules; keep one of them (`mso-hub formats --presets NAME` prints a "
+                "preset, to be changed)"
+            )
 
 
 def read_input_scale(text: str | None) -> tuple[float | str | None, dict[str, float]]:

@@ -4,6 +4,22 @@ from __future__ import annotations
 
 from mso_hub.engine.assemble import write_pieces
 from mso_hub.engine.distance import SAMPLE, WHOLE, Distance, distance
+from mso_hub.engine.notes import exactness, note_errors, noted_distances, noted_errors, noted_inexact
+from mso_hub.engine.probe import Probe
 from mso_hub.engine.threads import Piece, ThreadEngine
 
-__all__ = ["SAMPLE", "WHOLE", "Distance", "Piece", "ThreadEngine", "distance", "write_pieces"]
+__all__ = [
+    "SAMPLE",
+    "WHOLE",
+    "Distance",
+    "Piece",
+    "Probe",
+    "ThreadEngine",
+    "distance",
+    "exactness",
+    "note_errors",
+    "noted_distances",
+    "noted_errors",
+    "noted_inexact",
+    "write_pieces",
+]

@@ -9,16 +9,11 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from mso_hub.checkpoint import TensorInfo
-from mso_hub.errors import CheckpointError, PlanError
-from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
-from mso_hub.formats.decoders.packed_int import ReadShape, packed_int
-from mso_hub.formats.dialects import compressed_tensors
+from mso_hub.errors import PlanError
+from mso_hub.formats.decoders.base import ReadShape
+from mso_hub.formats.decoders.table import find_packed
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 
-ROLES = {
-    "weight_packed": "packed", "weight_scale": "scale", "weight_zero_point": "zero_point",
-    "weight_g_idx": "g_idx", "weight_shape": "shape", "weight_global_scale": "global",
-}  # fmt: skip
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Where multimodal configs keep the language model's part."""
 CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -28,11 +23,13 @@ RUNTIME_SCALES = re.compile(
 """Companions that only the quantized runtime reads; they go when their weight is decoded."""
 PACKED_NAME = re.compile(
     r"\.(weight_packed|weight_scale(_inv|_2)?|weight_global_scale|weight_zero_point|weight_g_idx|qweight|qzeros|"
-    r"pre_quant_scale|absmax|quant_map|SCB)$|\.quant_state\S*$"
+    r"pre_quant_scale|svdquant_lora_[ab]|absmax|quant_map|SCB)$|\.quant_state\S*$"
 )
 """Never part of a dense checkpoint."""
 SUSPECT_NAME = re.compile(r"[._](scales?|g_idx|blocks|scale_inv)$")
 """Part of a packed weight where the config says that there are some; an ordinary name elsewhere."""
+CODE_DTYPES = frozenset({"I8", "U8"})
+"""Codes, where a `weight` of a quantized checkpoint has them."""
 UNDECODED_DTYPES = frozenset(
     {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"}
 )
@@ -66,46 +63,6 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _packed(
-    module: str,
-    tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
-    read_shape: ReadShape,
-    dtype: str,
-) -> Weight:
-    """A module that has weight_packed."""
-    stored = {role: tensors[f"{module}.{s}"] for s, role in ROLES.items() if f"{module}.{s}" in tensors}
-    if "scale" not in stored:
-        raise CheckpointError(f"{module}: weight_packed is there, weight_scale is not; the checkpoint is incomplete")
-    if "global" in stored:
-        codes = stored["packed"]
-        return _nvfp4(module, codes, stored["scale"], stored["global"], "compressed-tensors", dtype)
-    configs = [c for c in quantization_configs(config) if c.get("quant_method") == "compressed-tensors"]
-    if not configs:
-        raise CheckpointError(
-            f"{module}: stored packed, but config.json has no compressed-tensors quantization_config, at the top "
-            "or nested; restore the config.json that belongs to these weights"
-        )
-    decoder, shape = packed_int(module, stored, compressed_tensors.weight_args(configs[0], module), read_shape)
-    return Weight(f"{module}.weight", dtype, shape, stored, decoder)
-
-
-def _nvfp4(module: str, codes: TensorInfo, scale: TensorInfo, scalar: TensorInfo, layout: str, dtype: str) -> Weight:
-    """NVFP4 of either layout, its shapes checked."""
-    good = (
-        codes.dtype == "U8" and scale.dtype == "F8_E4M3" and scalar.dtype == "F32" and scalar.nbytes == 4
-        and len(codes.shape) == 2 and scale.shape == (codes.shape[0], codes.shape[1] // 8) and codes.shape[1] % 8 == 0
-    )  # fmt: skip
-    if not good:
-        found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (codes, scale, scalar))
-        raise PlanError(
-            f"{module}: NVFP4 needs codes U8 [N, K/2], scales F8_E4M3 [N, K/16] and one F32 global scale, got {found}; "
-            "there is no decoder for that"
-        )
-    parts = {"codes": codes, "scale": scale, "global": scalar}
-    return Weight(f"{module}.weight", dtype, (codes.shape[0], 2 * codes.shape[1]), parts, Nvfp4Decoder(layout, module))
-
-
 def _is_runtime_scale(info: TensorInfo, packed: AbstractSet[str], config: Mapping[str, Any]) -> bool:
     """Does only the quantized runtime read this tensor? Its module must be packed, or it is a KV-cache scale.
 
@@ -127,7 +84,11 @@ def _is_undecoded(info: TensorInfo, packed: AbstractSet[str], config: Mapping[st
     """Is this part of a packed weight that no decoder has taken?"""
     if info.dtype in UNDECODED_DTYPES or PACKED_NAME.search(info.name):
         return True
-    suspect = SUSPECT_NAME.search(info.name) and (packed or quantization_configs(config))
+    if not (packed or quantization_configs(config)):
+        return False
+    if info.name.endswith(".weight") and info.dtype in CODE_DTYPES:
+        return True
+    suspect = SUSPECT_NAME.search(info.name)
     return bool(suspect) and (info.dtype not in FLOAT_DTYPES or info.name.rpartition(".")[0] in packed)
 
 
@@ -143,19 +104,12 @@ def read_weights(
     weights: list[Weight] = []
     dropped: list[str] = []
     consumed: set[str] = set()
-    for name, info in tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix == "weight_packed":
-            weights.append(_packed(module, tensors, config, read_shape, dtype))
-        elif suffix == "weight" and f"{module}.weight_scale_2" in tensors and info.dtype == "U8":
-            scale = tensors.get(f"{module}.weight_scale")
-            if scale is None:
-                raise CheckpointError(f"{module}: weight_scale_2 is there, weight_scale is not; incomplete")
-            scalar = tensors[f"{module}.weight_scale_2"]
-            weights.append(_nvfp4(module, info, scale, scalar, "modelopt", dtype))
-        else:
-            continue
-        consumed |= {part.name for part in weights[-1].parts.values()}
+    configs = quantization_configs(config)
+    for info in tensors.values():
+        weight = find_packed(info, tensors, configs, read_shape, dtype)
+        if weight is not None:
+            weights.append(weight)
+            consumed |= {part.name for part in weight.parts.values()}
     strange: list[str] = []
     packed = {weight.module for weight in weights}
     for name, info in tensors.items():

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mso_hub.checkpoint import Array, TensorInfo
+from mso_hub.errors import RecipeError
 from mso_hub.formats.dialects.compressed_tensors import arguments
 from mso_hub.formats.scheme import Choices, Format, Scheme
 
@@ -51,6 +52,11 @@ class Fp8(Format):
         """The encoder that a scheme asks for."""
         FP8_CHOICES[scheme.format].check(scheme, layout)
         static = scheme.format == TENSOR and scheme.input_scale is not None
+        if scheme.format == TENSOR and layout == "modelopt" and not static:
+            raise RecipeError(
+                f"{scheme.format} in the layout {layout!r} needs an activation scale beside each weight, none was given: "
+                "add --input_scale, or take fp8_dynamic, which needs none"
+            )
         return cls(scheme.format, layout, scheme.search or FP8_CHOICES[scheme.format].searches[0], static)
 
     @property
@@ -164,5 +170,5 @@ class Fp8(Format):
         return ALGOS[self.name]
 
 
-_DYNAMIC_TENSOR = arguments(strategy="token", dynamic=True)
-"""Without a static scale an engine scales each token by itself: no more work than one scale a tensor."""
+_DYNAMIC_TENSOR = arguments(strategy="tensor", dynamic=True)
+"""Without a static scale the engine makes one; its experts want the strategy of weights and activations alike."""

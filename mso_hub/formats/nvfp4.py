@@ -114,7 +114,7 @@ class Nvfp4(Format):
         """
         from mso_hub.formats.numerics import nvfp4
 
-        scale = nvfp4.global_scale(amax)  # TEMP
+        scale = nvfp4.global_scale(amax, search=self.search)
         tiny = self.layout == "compressed-tensors" and scale < 1 / np.finfo(np.float32).max
         return np.float32(1) if tiny else scale
 

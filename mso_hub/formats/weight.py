@@ -22,8 +22,8 @@ Reader = Callable[[str, int, int], NDArray[np.uint8]]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 NUMPY = {
-    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8, "U8": np.uint8,
-    "I8": np.int8, "I32": np.int32, "I64": np.int64,
+    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F8_E4M3": np.uint8,
+    "F8_E8M0": np.uint8, "U8": np.uint8, "I8": np.int8, "I32": np.int32, "I64": np.int64,
 }  # fmt: skip
 """Safetensors dtype -> numpy dtype that carries its bits (numpy has no BF16 and no FP8)."""
 
@@ -33,7 +33,19 @@ class Decoder(Protocol):
 
     @property
     def name(self) -> str:
-        """Format's name for reports: `nvfp4-pack-quantized`, ..."""
+        """Format's name for reports: `nvfp4-pack-quantized`, `FP8 128x128 blocks`, ..."""
+
+    @property
+    def scheme(self) -> str:
+        """What its numbers are, whatever the layout: nvfp4, mxfp4, mxfp8, fp8, int4, int8, ...; "" for dense ones."""
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+
+    @property
+    def layout(self) -> str:
+        """Whose names and shapes: compressed-tensors, modelopt, deepseek, gpt-oss, awq or gptq; "" for dense ones."""
 
     @property
     def row_step(self) -> int:
@@ -55,7 +67,7 @@ class Weight:
 
     name     as a dense checkpoint calls it: `model.layers.0.mlp.up_proj.weight`
     dtype    what its numbers are in a dense checkpoint: BF16, F32, ...
-    shape    logical shape; two sizes when `decoder` is set
+    shape    logical shape; two sizes when `decoder` is set, three for a bank of experts, whose rows are experts
     parts    role -> stored tensor; {"weight": info} when dense
     decoder  None when the stored bytes are the numbers
     """
@@ -152,6 +164,21 @@ class Transposed:
     def name(self) -> str:
         """For reports."""
         return "transposed"
+
+    @property
+    def scheme(self) -> str:
+        """Dense."""
+        return ""
+
+    @property
+    def bits(self) -> int:
+        """As stored."""
+        return DTYPE_BITS[self.dtype]
+
+    @property
+    def layout(self) -> str:
+        """Dense."""
+        return ""
 
     @property
     def row_step(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from mso_hub.formats import Format
@@ -12,6 +13,9 @@ from mso_hub.formats.weight import Weight
 from mso_hub.plan.fusion import unit_of
 from mso_hub.plan.recipe import Recipe
 from mso_hub.plan.select import EXPERT, LINEAR, is_linear
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""What vLLM's compressed-tensors MoE method calls the projections of an expert."""
 
 
 def linear_modules(kept: Mapping[str, tuple[Weight, str]]) -> list[str]:
@@ -59,27 +63,41 @@ def group_targets(groups: Sequence[Sequence[str]], kept: Sequence[str]) -> list[
 
     kept  modules that no pattern may cover
     """
-    known = [(at, module) for at, modules in enumerate(groups) for module in modules] + [(-1, m) for m in kept]
+    known = {module: at for at, modules in enumerate(groups) for module in modules} | dict.fromkeys(kept, -1)
     targets: list[list[str]] = []
     for at, modules in enumerate(groups):
+        others = {module for module, group in known.items() if group != at}
         kinds: dict[str, list[str]] = {}
         for module in modules:
             kinds.setdefault(_pattern(module, layers=None), []).append(module)
         named: list[str] = []
         for pattern, members in kinds.items():
-            named += _exact(pattern, members, at, known)
-        aliases = dict.fromkeys(filter(None, (unit_of_target(name) for name in named)))
+            named += _exact(pattern, members, others)
+        aliases = dict.fromkeys(alias for name in named for alias in _aliases(name) if not _covers(alias, others))
         targets.append([*named, *(alias for alias in aliases if alias not in named)])
     return targets
 
 
-def unit_of_target(target: str) -> str | None:
-    """The fused module of a name, or of the last component of a pattern."""
-    if not target.startswith("re:"):
-        return unit_of(target)
-    head, dot, leaf = target.removesuffix("$").rpartition(r"\.")
+def _aliases(target: str) -> Iterator[str]:
+    """Other names under which engines ask for the modules of a target.
+
+    That is the fused module, and for experts the projections as vLLM calls them in models that call them otherwise.
+    """
+    dot, end = (r"\.", "$") if target.startswith("re:") else (".", "")
+    parent, found, leaf = target.removesuffix(end).rpartition(dot)
     fused = unit_of(leaf)
-    return None if fused is None or not dot else f"{head}{dot}{fused}$"
+    if found and fused is not None:
+        yield f"{parent}{dot}{fused}{end}"
+    if parent.rpartition(dot)[0].endswith("experts"):
+        yield from (f"{parent}{dot}{projection}{end}" for projection in PROJECTIONS)
+
+
+def _covers(target: str, modules: AbstractSet[str]) -> bool:
+    """Does a name or a pattern match any of the modules, as loaders match it?"""
+    if not target.startswith("re:"):
+        return target in modules
+    compiled = re.compile(target[3:])
+    return any(compiled.match(module) for module in modules)
 
 
 def _pattern(module: str, layers: Sequence[str] | None) -> str:
@@ -99,14 +117,12 @@ def _pattern(module: str, layers: Sequence[str] | None) -> str:
     return r"re:(.*\.)?" + r"\.".join(words) + "$"
 
 
-def _exact(pattern: str, members: Sequence[str], group: int, known: Sequence[tuple[int, str]]) -> list[str]:
-    """The pattern where it covers this group's members alone; with their layer numbers; else every name."""
+def _exact(pattern: str, members: Sequence[str], others: AbstractSet[str]) -> list[str]:
+    """The pattern where it covers none of the others; with the members' layer numbers; else every name."""
     layer = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
     found = [match[1] for match in map(layer.search, members) if match]
     numbers = sorted(dict.fromkeys(found), key=int)
     for candidate in (pattern, _pattern(members[0], numbers)) if len(found) == len(members) else (pattern,):
-        compiled = re.compile(candidate[3:])
-        if {module for at, module in known if at != group and compiled.match(module)}:
-            continue
-        return [candidate]
+        if not _covers(candidate, others):
+            return [candidate]
     return list(members)

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mso_hub.checkpoint import Checkpoint, Group
+from mso_hub.checkpoint import Checkpoint, Group, TensorInfo
 from mso_hub.errors import PlanError
 from mso_hub.formats import DENSE, Format
-from mso_hub.formats.decoders.packed_int import ReadShape
+from mso_hub.formats.decoders.base import ReadShape
 from mso_hub.formats.detect import quantization_configs, read_weights, with_dtype, without_quantization
 from mso_hub.formats.weight import Weight
 from mso_hub.plan.announce import announce, linear_modules
@@ -106,34 +106,91 @@ class _GroupPlan:
     packed: int
 
 
-def _plan_group(group: Group, checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShape) -> _GroupPlan:
-    """Decide about every weight of one name space, and find what stands in the way."""
+@dataclass(frozen=True, slots=True)
+class _NameSpace:
+    """Weights of a group under the names of the output.
+
+    runtime  stored tensors that only the quantized runtime reads
+    dropped  those, and the weights that a text-only output leaves out
+    """
+
+    weights: Sequence[Weight]
+    config: Mapping[str, Any]
+    runtime: Mapping[str, TensorInfo]
+    dropped: Sequence[str]
+
+
+def _name_space(group: Group, checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShape) -> _NameSpace:
     weights, dropped = read_weights(group.tensors, checkpoint.config, read_shape, recipe.dtype)
     runtime = {name: group.tensors[name] for name in dropped}
-    config: Mapping[str, Any] = checkpoint.config
-    if recipe.text_only:
-        text = text_model(config, {w.name: w.shape for w in weights})
-        dropped += [w.name for w in weights if w.name not in text.names]
-        weights = [replace(w, name=text.names[w.name]) for w in weights if w.name in text.names]
-        config = text.config
+    if not recipe.text_only:
+        return _NameSpace(weights, checkpoint.config, runtime, dropped)
+    text = text_model(checkpoint.config, {w.name: w.shape for w in weights})
+    dropped += [w.name for w in weights if w.name not in text.names]
+    weights = [replace(w, name=text.names[w.name]) for w in weights if w.name in text.names]
+    return _NameSpace(weights, text.config, runtime, dropped)
+
+
+def _selection(
+    group: Group, checkpoint: Checkpoint, space: _NameSpace, recipe: Recipe,
+    encoders: Sequence[Format | None] | None = None,
+) -> Selection:  # fmt: skip
+    """What the rules choose in one name space; with several of them, a unit is named with its own."""
+    selection = select(space.weights, recipe, space.config, encoders)
+    if len(checkpoint.groups) == 1:
+        return selection
+    where = group.index or next((info.file for info in group.tensors.values()), "")
+    return replace(selection, units={f"{where}: {key}": members for key, members in selection.units.items()})
+
+
+def _plan_group(group: Group, checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShape) -> _GroupPlan:
+    """Decide about every weight of one name space, and find what stands in the way."""
+    space = _name_space(group, checkpoint, recipe, read_shape)
+    weights, dropped = space.weights, list(space.dropped)
     packed = sum(w.decoder is not None for w in weights)
     if recipe.decodes:
         kept = {w.module: (w, "decoded" if w.decoder else "stays dense") for w in weights}
         selection = Selection((), {}, {}, kept, {})
     else:
-        selection = settled(select(weights, recipe, config))
-        if len(checkpoint.groups) > 1:
-            where = group.index or next((info.file for info in group.tensors.values()), "")
-            units = {f"{where}: {key}": members for key, members in selection.units.items()}
-            selection = replace(selection, units=units)
+        selection = settled(_selection(group, checkpoint, space, recipe))
     scales, missing = input_scales(selection, recipe)
     problems = [*selection.problems, *missing]
     if problems:
-        return _GroupPlan(config, selection, (), problems, dropped, packed)
-    stepper = Stepper(selection, scales, recipe, runtime)
+        return _GroupPlan(space.config, selection, (), problems, dropped, packed)
+    stepper = Stepper(selection, scales, recipe, space.runtime)
     steps = stepper.steps(weights)
     left = [name for name in dropped if name not in stepper.used]
-    return _GroupPlan(config, selection, steps, stepper.problems, left, packed)
+    return _GroupPlan(space.config, selection, steps, stepper.problems, left, packed)
+
+
+def offered(
+    checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShape, encoders: Sequence[Format | None]
+) -> tuple[Selection, ...]:
+    """What the rules choose in each name space, under other encoders; PlanError as `plan_checkpoint` raises it.
+
+    encoders  one for each of `recipe.all_rules`, None for a rule that keeps
+    """
+    spaces = [(group, _name_space(group, checkpoint, recipe, read_shape)) for group in checkpoint.groups]
+    found = tuple(_selection(group, checkpoint, space, recipe, encoders) for group, space in spaces)
+    _require_choice(checkpoint, recipe, found, [problem for selection in found for problem in selection.problems])
+    return found
+
+
+def _require_choice(
+    checkpoint: Checkpoint, recipe: Recipe, selections: Sequence[Selection], problems: Sequence[str]
+) -> None:
+    """PlanError with all problems, patterns that match nowhere among them, or where nothing was chosen."""
+    idle = _in_every([selection.idle for selection in selections])
+    _raise_problems(checkpoint.name, [*problems, *idle])
+    if not any(selection.chosen for selection in selections):
+        _raise_problems(checkpoint.name, [_nothing_chosen(recipe)])
+
+
+def _nothing_chosen(recipe: Recipe) -> str:
+    if not recipe.rules:
+        return "the recipe chooses no weight at all; try --all_linear or other targets"
+    rules = "; ".join(rule.label for rule in recipe.rules)
+    return f"no rule of the recipe covers a weight here ({rules}); take a recipe for this kind of model"
 
 
 def _in_every(lists: Sequence[Sequence[str]]) -> list[str]:
@@ -172,10 +229,11 @@ def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShap
     read_shape  reads the two integers of a weight_shape tensor, asked only where shapes leave K open
     """
     parts = [_plan_group(group, checkpoint, recipe, read_shape) for group in checkpoint.groups]
-    idle = _in_every([part.selection.idle for part in parts])
-    _raise_problems(checkpoint.name, [problem for part in parts for problem in part.problems] + idle)
-    if not recipe.decodes and not any(part.selection.chosen for part in parts):
-        _raise_problems(checkpoint.name, ["the recipe chooses no weight at all; try --all_linear or other targets"])
+    problems = [problem for part in parts for problem in part.problems]
+    if recipe.decodes:
+        _raise_problems(checkpoint.name, problems)
+    else:
+        _require_choice(checkpoint, recipe, [part.selection for part in parts], problems)
     if recipe.decodes and not recipe.text_only and not any(part.packed for part in parts):
         stale = " (its quantization_config is stale)" if quantization_configs(checkpoint.config) else ""
         _raise_problems(checkpoint.name, [f"every weight is dense already{stale}; there is nothing to decompress"])
@@ -207,6 +265,7 @@ def _notes(
     checkpoint: Checkpoint, shards: Sequence[ShardPlan], parts: Sequence[_GroupPlan], behind: Sequence[str]
 ) -> tuple[str, ...]:
     notes = [sentence for part in parts for sentence in part.selection.overlaps]
+    notes += _in_every([part.selection.absent for part in parts])
     if unused := _in_every([part.selection.unused for part in parts]):
         notes.append(f"{len(unused)} imported exclude patterns match nothing here, the first is {unused[0]!r}")
     if empty := sorted(set(checkpoint.shards) - {shard.name for shard in shards}):

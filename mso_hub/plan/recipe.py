@@ -11,6 +11,7 @@ from typing import Any
 from mso_hub.errors import RecipeError
 from mso_hub.formats import ALIASES, DENSE, FORMATS, IMPORTED, Format, Scheme, build
 from mso_hub.formats.weight import FLOAT_DTYPES
+from mso_hub.plan.layers import check_layers
 
 LAYOUTS = ("compressed-tensors", "modelopt", "deepseek")
 MODES = ("mlp", "all-linear")
@@ -62,26 +63,42 @@ DEFAULT_IGNORE: dict[str, re.Pattern[str]] = {
 class Rule:
     """Which modules get which scheme; the first rule that covers a module decides.
 
-    targets  globs or `re:` patterns of module names, or "Linear" for all; replaces `mode`
-    mode     which modules are meant when `targets` is empty: one of MODES
+    targets         globs or `re:` patterns of module names, or "Linear" for all; replaces `mode`
+    mode            which modules are meant when `targets` is empty: one of MODES
+    layers          only in these decoder layers: numbers and ranges like 0, "0-3", -1 (the last one); empty for all
+    default_ignore  False: what `targets` covers is taken also where Recipe.default_ignore would leave it alone
+    optional        models without such modules are fine: a note says so, instead of an error
     """
 
     scheme: Scheme
     targets: tuple[str, ...] = ()
     mode: str = "mlp"
+    layers: tuple[int | str, ...] = ()
+    default_ignore: bool = True
+    optional: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse an unknown mode, and one that contradicts the targets."""
+        """Refuse an unknown mode, one that contradicts the targets, and what is no number of a layer."""
+        check_layers("layers", self.layers)
         if self.mode not in MODES:
             raise RecipeError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.targets and self.mode != "mlp":
             raise RecipeError(f"targets {list(self.targets)} and mode {self.mode!r} contradict each other; keep one")
+        if not self.default_ignore and not self.targets:
+            raise RecipeError(f"default_ignore: a rule without targets cannot switch it off, got mode {self.mode!r}")
 
     @property
     def label(self) -> str:
         """For messages: `fp8_dynamic for re:.*self_attn.*`."""
         named = ", ".join(self.targets[:2]) + (", ..." if len(self.targets) > 2 else "") if self.targets else self.mode
-        return f"{self.scheme.format} for {named}"
+        where = f" in layers {', '.join(map(str, self.layers))}" if self.layers else ""
+        return f"{self.scheme.format} for {named}{where}"
+
+
+def named_scheme(name: str, said: Mapping[str, Any]) -> Scheme:
+    """The scheme that a name stands for, historic ones too, with the fields of `said` that are not None."""
+    base = ALIASES.get(name, Scheme(name))
+    return replace(base, **{key: value for key, value in said.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +114,7 @@ class Recipe:
     ignore          globs or `re:` patterns of module names that keep their numbers; each must match something
     imported_ignore patterns of a reference model's config; those that match nothing here are reported
     default_ignore  leave embeddings, heads, norms, routers, convolutions, vision, projectors and MTP alone
+    skip_layers     decoder layers that keep their numbers, as in Rule.layers
     input_amax      largest magnitude of each module's activations, for `input_scale` "imported"
     kv_cache        announce an FP8 KV cache; `kv_scales` are its scales (multipliers, amax / 448), attention module ->
                     (k, v), engines take 1.0 where there are none
@@ -112,6 +130,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     imported_ignore: tuple[str, ...] = ()
     default_ignore: bool = True
+    skip_layers: tuple[int | str, ...] = ()
     activations: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
@@ -135,8 +154,7 @@ class Recipe:
             "activations": self.activations, "group_size": self.group_size, "symmetric": self.symmetric,
             "search": self.scale_search, "input_scale": self.input_scale,
         }  # fmt: skip
-        base = ALIASES.get(self.scheme, Scheme(self.scheme))
-        return replace(base, **{key: value for key, value in said.items() if value is not None})
+        return named_scheme(self.scheme, said)
 
     @property
     def decodes(self) -> bool:
@@ -150,6 +168,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse unknown words here, so that no later stage has to."""
+        check_layers("skip_layers", self.skip_layers)
         for name, value, known in (("layout", self.layout, LAYOUTS), ("dtype", self.dtype, FLOAT_DTYPES)):
             if value not in known:
                 raise RecipeError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -17,7 +17,7 @@ LISTS = ("exclude_modules", "ignore", "modules_to_not_convert", "ignored_layers"
 FILES = ("hf_quant_config.json", "config.json")
 
 
-def _lists(value: Any) -> list[str]:
+def exclude_lists(value: Any) -> list[str]:
     """All exclude lists inside a config, outermost first, without repetition."""
     if not isinstance(value, Mapping):
         return []
@@ -27,7 +27,7 @@ def _lists(value: Any) -> list[str]:
             found |= dict.fromkeys(entry for entry in value[key] if isinstance(entry, str))
     for key, nested in value.items():
         if key not in LISTS:
-            found |= dict.fromkeys(_lists(nested))
+            found |= dict.fromkeys(exclude_lists(nested))
     return list(found)
 
 
@@ -37,21 +37,31 @@ def exclude_patterns(where: str | Path) -> list[str]:
     where   hf_quant_config.json or config.json, the folder that holds them, or `hf://org/name`
     Raises RecipeError when there is no such file or no list in it.
     """
-    candidates = list(_candidates(where))
-    if not candidates:
-        raise RecipeError(f"{where}: needs a quantization config ({' or '.join(FILES)}), found none; check the path")
-    for name, content in candidates:
+    for name, content in config_files(where):
         try:
-            patterns = _lists(json.loads(content))
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{name}: not valid JSON: {error}; fetch it again") from error
+            patterns = exclude_lists(content)
+        except RecursionError as error:
+            raise RecipeError(f"{name}: is nested too deeply: {error}; give the config of a quantized model") from error
         if patterns:
             return patterns
     raise RecipeError(f"{where}: has none of the lists {', '.join(LISTS)}; give the config of a quantized model")
 
 
+def config_files(where: str | Path) -> Iterator[tuple[str, Any]]:
+    """The config files of a reference model with their content, hf_quant_config.json first; RecipeError for none."""
+    candidates = list(_candidates(where))
+    if not candidates:
+        raise RecipeError(f"{where}: needs a quantization config ({' or '.join(FILES)}), found none; check the path")
+    for name, content in candidates:
+        try:
+            parsed = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{name}: not valid JSON: {error}; fetch it again") from error
+        yield name, parsed
+
+
 def _candidates(where: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Config files with their content."""
+    """Config files with their bytes."""
     path = Path(where)
     if isinstance(where, str) and is_address(where):
         with closing(open_source(where)) as source:

@@ -11,11 +11,15 @@ from typing import Any
 from mso_hub.errors import PlanError
 from mso_hub.formats import Format, Scheme, build
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
-from mso_hub.plan.experts import is_fused_experts, split_experts
+from mso_hub.plan.experts import FUSED_EXPERTS, is_fused_experts, split_experts
 from mso_hub.plan.fusion import units
+from mso_hub.plan.layers import layer_numbers
 from mso_hub.plan.recipe import DEFAULT_IGNORE, Patterns, Recipe, default_reason, is_mlp
 
 DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+NUMBERED = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
+APART = ("vision or audio tower", "multimodal projector", "MTP")
+"""Reasons of DEFAULT_IGNORE whose modules have layers of their own: no number of a decoder layer means those."""
 CONV1D = frozenset(["gpt2", "openai-gpt", "imagegpt", "decision_transformer"])
 """Model types whose linear layers are stored [in, out]: groups along the last dimension would be the wrong ones."""
 EMBEDDING = DEFAULT_IGNORE["embedding"]
@@ -35,6 +39,7 @@ class Selection:
     unused    imported patterns that matched nothing
     idle      sentences about typed patterns that matched nothing here: a problem when no group has a match
     overlaps  sentences about modules that several rules cover
+    absent    sentences about optional rules that find less than they name
     problems  everything that makes the plan impossible
     """
 
@@ -46,6 +51,7 @@ class Selection:
     unused: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
     overlaps: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
 
@@ -63,16 +69,38 @@ def _layers(config: Mapping[str, Any]) -> int | None:
     return None
 
 
+def decoder_layer(module: str, count: int | None) -> int | None:
+    """Number of the decoder layer that a module is in; None outside of them and in MTP layers.
+
+    count  decoder layers of the model; None where config.json does not tell
+    """
+    match = NUMBERED.search(module)
+    if match is None or (count is not None and int(match[1]) >= count):
+        return None
+    return None if any(DEFAULT_IGNORE[reason].search(module) for reason in APART) else int(match[1])
+
+
 class _Chooser:
     """Says of a linear weight why it stays, or which rule takes it; counts what every pattern did."""
 
-    def __init__(self, recipe: Recipe, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, recipe: Recipe, config: Mapping[str, Any], encoders: Sequence[Format | None] | None = None
+    ) -> None:
         self._recipe = recipe
         self._rules = recipe.all_rules
-        self._formats = [build(rule.scheme, recipe.layout) for rule in self._rules]
+        self._formats = encoders or [build(rule.scheme, recipe.layout) for rule in self._rules]
         self._ignore, self._imported = Patterns(recipe.ignore), Patterns(recipe.imported_ignore)
         self._targets = [Patterns(t for t in rule.targets if t != LINEAR) for rule in self._rules]
         self._layers = _layers(config)
+        spans = [
+            ("skip_layers", recipe.skip_layers),
+            *((f"layers of rule {at}", r.layers) for at, r in enumerate(self._rules, 1)),
+        ]
+        found = [layer_numbers(option, said, self._layers) for option, said in spans]
+        self._skipped, *self._within = (numbers for numbers, _ in found)
+        self.problems = [problem for _, problems in found for problem in problems]
+        self._seen: set[int | None] = set()
+        self._overruling = [at for at, rule in enumerate(self._rules) if not rule.default_ignore]
         self._taken: Counter[int] = Counter()
         self._shadowed: Counter[tuple[int, int]] = Counter()
 
@@ -85,24 +113,42 @@ class _Chooser:
             return f"exclude config {pattern}"
         if not is_linear(weight):
             return "not a linear layer's weight"
-        if self._recipe.default_ignore:
-            if (why := default_reason(module)) is not None:
-                return why
-            layer = DECODER_LAYER.search(module)
-            if layer and self._layers is not None and int(layer[1]) >= self._layers:
-                return "MTP"
+        layer = self._layer(module)
+        if layer in self._skipped:
+            return f"layer {layer} is in skip_layers"
+        why = self._default(module) if self._recipe.default_ignore else None
+        if why is not None and not self._overruling:
+            return why
         if EMBEDDING.search(module):
             return "embedding"  # a look-up, never a linear layer: no loader takes a packed one
-        hits = [at for at in range(len(self._rules)) if self._covers(at, weight)]
+        offered = self._overruling if why is not None else range(len(self._rules))
+        hits = [at for at in offered if self._covers(at, weight, layer)]
         if not hits:
-            return self._reason(weight)
+            return why or self._reason(weight)
         self._taken[hits[0]] += 1
         self._shadowed.update((hits[0], later) for later in hits[1:])
         form, rule = self._formats[hits[0]], self._rules[hits[0]]
         return f"rule {rule.label}" if form is None else (form, rule.scheme)
 
-    def _covers(self, at: int, weight: Weight) -> bool:
+    def _default(self, module: str) -> str | None:
+        """Why a module stays unless a rule says otherwise, or None."""
+        beyond = DECODER_LAYER.search(module)
+        if beyond and self._layers is not None and int(beyond[1]) >= self._layers:
+            return default_reason(module) or "MTP"
+        return default_reason(module)
+
+    def _layer(self, module: str) -> int | None:
+        """Asked only where a rule or skip_layers names layers."""
+        if not self._skipped and not any(self._within):
+            return None
+        number = decoder_layer(module, self._layers)
+        self._seen.add(number)
+        return number
+
+    def _covers(self, at: int, weight: Weight, layer: int | None) -> bool:
         rule = self._rules[at]
+        if rule.layers and layer not in self._within[at]:
+            return False
         if self._targets[at].find(weight.module) is not None:
             return True
         if len(weight.shape) != 2 and not is_fused_experts(weight):
@@ -114,7 +160,7 @@ class _Chooser:
     def _reason(self, weight: Weight) -> str:
         if len(weight.shape) != 2 and not is_fused_experts(weight):
             return "not a matrix"
-        if all(rule.targets for rule in self._rules):
+        if all(rule.targets or rule.layers for rule in self._rules):
             return "no target matches" if len(self._rules) == 1 else "no rule covers it"
         return "outside the MLP (--all_linear takes it)"
 
@@ -125,6 +171,8 @@ class _Chooser:
             for p in self._ignore.unused
         ]
         for at, patterns in enumerate(self._targets):
+            if self._rules[at].optional:
+                continue
             found += [
                 f"targets {p!r} matches no weight that could be quantized (norms and embeddings never, heads and "
                 "others only with --no_default_ignore); correct it or leave it out"
@@ -132,12 +180,33 @@ class _Chooser:
             ]
             if len(self._rules) > 1 and not self._taken[at] and not patterns.unused:
                 found.append(self._nothing_left(at))
+        found += self._unknown_layers()
         imported = self._recipe.imported_ignore
-        if imported and len(self._imported.unused) == len(set(imported)):
+        # Entries like lm_head say nothing about the model: it may be tied to the embedding.
+        if len(self._imported.unused) == len(set(imported)) and not all(map(default_reason, imported)):
             found.append(
                 f"none of the {len(imported)} imported exclude patterns matches a weight, the first is "
                 f"{imported[0]!r}; they belong to another model"
             )
+        return found
+
+    def _unknown_layers(self) -> list[str]:
+        """Layers that are named and not there, where config.json does not tell how many there are."""
+        named = set(self._skipped).union(*self._within) if self._layers is None else set()
+        missing = sorted(named - self._seen)
+        return [f"layers: there is no layer {missing[0]} here; correct it or leave it out"] if missing else []
+
+    def absent(self) -> list[str]:
+        """Sentences about optional rules that find less than they name."""
+        found = []
+        for at, (rule, patterns) in enumerate(zip(self._rules, self._targets, strict=True)):
+            if rule.optional and not self._taken[at]:
+                found.append(self._nothing_left(at).partition(";")[0])
+            elif rule.optional and (unused := patterns.unused):
+                found.append(
+                    f"rule {at + 1} ({rule.label}): {len(unused)} of its {len(rule.targets)} targets match nothing "
+                    f"here, the first is {unused[0]!r}"
+                )
         return found
 
     def _nothing_left(self, at: int) -> str:
@@ -186,10 +255,10 @@ def _split_units(formats: Mapping[str, Format], kept: Mapping[str, tuple[Weight,
             )
     banks: dict[str, list[str]] = {}
     for module in (*formats, *kept):
-        if match := EXPERT.match(module):
+        if match := EXPERT.match(module) or FUSED_EXPERTS.match(module):
             banks.setdefault(match["bank"], []).append(module)
-    for bank, members in banks.items():
-        if any(m in formats for m in members) and (found := _different(members, formats, kept)):
+    for bank, experts in banks.items():
+        if any(m in formats for m in experts) and (found := _different(experts, formats, kept)):
             problems.append(
                 f"{bank}: experts load as one tensor, so all must be stored alike; {found}: give all of them to one "
                 "rule, or ignore all"
@@ -203,14 +272,20 @@ def _shape_problems(units_: Mapping[str, Sequence[Weight]], formats: Mapping[str
     return [f"{key}: {problem}" for key, problem in found if problem is not None]
 
 
-def select(weights: Sequence[Weight], recipe: Recipe, config: Mapping[str, Any]) -> Selection:
-    """Go through all weights of a group once and decide."""
-    chooser = _Chooser(recipe, config)
+def select(
+    weights: Sequence[Weight], recipe: Recipe, config: Mapping[str, Any],
+    encoders: Sequence[Format | None] | None = None,
+) -> Selection:  # fmt: skip
+    """Go through all weights of a group once and decide.
+
+    encoders  in place of those that the rules name, one for each rule; None for a rule that keeps
+    """
+    chooser = _Chooser(recipe, config, encoders)
     chosen: dict[str, Weight] = {}
     formats: dict[str, Format] = {}
     scales: dict[str, float | str | None] = {}
     kept: dict[str, tuple[Weight, str]] = {}
-    problems: list[str] = []
+    problems: list[str] = [*chooser.problems]
     modules: list[str] = []
     names = {weight.name: None for weight in weights}
     if config.get("model_type") in CONV1D:
@@ -251,5 +326,5 @@ def select(weights: Sequence[Weight], recipe: Recipe, config: Mapping[str, Any])
     problems += split or _shape_problems(by_unit, formats)
     return Selection(
         tuple(chosen.values()), formats, scales, kept, by_unit, tuple(chooser.unused), tuple(chooser.idle()),
-        tuple(chooser.overlaps), tuple(problems),
+        tuple(chooser.overlaps), tuple(chooser.absent()), tuple(problems),
     )  # fmt: skip

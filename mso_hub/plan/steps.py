@@ -51,7 +51,12 @@ class Step:
 
 def scale_dtype(weight: Weight, form: Format | None) -> str:
     """Dtype to which scales are rounded: the weight's, or F32 where a packed source may have such scales itself."""
-    return "F32" if form is not None and form.wide_scales and weight.decoder is not None else weight.dtype
+    return "F32" if form is not None and form.wide_scales and is_packed(weight) else weight.dtype
+
+
+def is_packed(weight: Weight) -> bool:
+    """Is a weight stored as codes and scales? A view of dense numbers is not."""
+    return weight.decoder is not None and weight.decoder.layout != ""
 
 
 def stays_packed(weight: Weight, form: Format) -> bool:

@@ -11,6 +11,7 @@ from mso_hub.formats import Format
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.planner import Plan
 from mso_hub.plan.recipe import Recipe
+from mso_hub.plan.recipe_file import MANIFEST
 
 HINT = " (--all_linear takes it)"
 """End of a reason that helps who converts, and nobody else."""
@@ -101,7 +102,7 @@ def packed_as(weights: Iterable[Weight]) -> str:
 
 
 def command(recipe: Recipe, source: str, target: str) -> str:
-    """The command line that makes an output again; what is the default is left out.
+    """The command line that makes an output again; what is the default is left out, and rules are in its mso_hub.json.
 
     source, target  words of the shell as they are to stand there
     """
@@ -112,14 +113,16 @@ def command(recipe: Recipe, source: str, target: str) -> str:
         words[1] = "extract-text" if extract else "decompress"
         words += ["--dtype", DTYPES[recipe.dtype].lower()] if recipe.dtype != default.dtype else []
         words += ["--text_only"] if recipe.text_only and not extract else []
+    elif recipe.rules:
+        words += ["--recipe", f"{target}/{MANIFEST}"]
     else:
         words += ["--format", recipe.scheme] if recipe.scheme != Recipe().scheme else []
-        words += ["--recipe", "RECIPE.toml"] if recipe.rules else []
         words += ["--layout", recipe.layout] if recipe.layout != default.layout else []
         words += ["--all_linear"] if recipe.mode == "all-linear" else []
         words += [word for pattern in recipe.targets for word in ("--targets", shlex.quote(pattern))]
         words += [word for pattern in recipe.ignore for word in ("--ignore", shlex.quote(pattern))]
         words += [] if recipe.default_ignore else ["--no_default_ignore"]
+        words += ["--skip_layers", ",".join(map(str, recipe.skip_layers))] if recipe.skip_layers else []
         words += [] if recipe.activations is None else ["--activations", str(recipe.activations)]
         words += [] if recipe.group_size is None else ["--group_size", str(recipe.group_size)]
         words += [] if recipe.symmetric is None else ["--symmetric" if recipe.symmetric else "--asymmetric"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from mso_hub.verify.compare import Comparison, compare_checkpoints
 from mso_hub.verify.manifest import MANIFEST, has_foreign_card, made_from, read_manifest
+from mso_hub.verify.opened import Opened, opening
 from mso_hub.verify.report import Report, TensorError
-from mso_hub.verify.run import Opened, like, opening, verify_checkpoint
+from mso_hub.verify.run import like, verify_checkpoint
 
 __all__ = [
     "MANIFEST",

@@ -16,8 +16,10 @@ from mso_hub.errors import VerifyError
 from mso_hub.events import Listener, ignore
 from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import read_rows
+from mso_hub.verify.opened import Opened, opening
 from mso_hub.verify.report import TensorError, plain
-from mso_hub.verify.run import Opened, distance, global_scale, like, opening
+from mso_hub.verify.run import distance, like
+from mso_hub.verify.scales import global_scale
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 

@@ -4,74 +4,40 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from mso_hub.checkpoint import Array, Checkpoint, TensorInfo, parse_config
+from mso_hub.checkpoint import Array, TensorInfo, parse_config
 from mso_hub.engine.threads import default_workers
 from mso_hub.errors import CheckpointError, PlanError, VerifyError
 from mso_hub.events import Listener, TensorDone, ignore
 from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
-from mso_hub.formats.decoders.packed_int import shape_reader
-from mso_hub.formats.detect import quantization_configs, read_weights
+from mso_hub.formats.detect import quantization_configs
 from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
-from mso_hub.formats.weight import FLOAT_DTYPES, Reader, Weight, read_rows
+from mso_hub.formats.weight import FLOAT_DTYPES, Reader, Weight
 from mso_hub.plan.experts import is_fused_experts, split_experts
-from mso_hub.plan.fusion import unit_of, units
+from mso_hub.plan.fusion import units
 from mso_hub.plan.text import text_model
 from mso_hub.source import Source, open_source, read_checkpoint
 from mso_hub.verify.config import config_problems
 from mso_hub.verify.manifest import check_manifest, wrong_source
+from mso_hub.verify.opened import Opened, opening
 from mso_hub.verify.report import Report, TensorError
+from mso_hub.verify.scales import check_scales
 
 CHUNK = 8 << 20
 ROWS = 480
 """Row ranges are multiples of this: every decoder may start there."""
-PACKED_LIMIT = 0.05
-"""NMSE above which a packed weight counts as wrong; NVFP4 of Gaussian numbers has 0.009, INT4 channel-wise 0.03."""
+PACKED_LIMIT = {8: 0.01, 7: 0.01, 6: 0.02, 5: 0.05, 4: 0.1, 3: 0.3, 2: 0.6}
+"""Bits -> NMSE above which a packed weight counts as wrong. FP8 has 0.0007, NVFP4 0.009, INT4 in groups of 128 up to
+0.03 where tails are heavy, one scale a row more; a wrong scale or sign gives 0.1 to 4."""
 ROUNDED_LIMIT = 1e-4
 """The same for a weight that was only decoded and rounded; BF16 has 3e-6."""
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A checkpoint with its weights found."""
-
-    source: Source
-    checkpoint: Checkpoint
-    weights: Mapping[str, Weight]
-    runtime_scales: tuple[str, ...]
-
-
-def open_weights(where: str | Path | Source) -> Opened:
-    """Read all headers and find every weight; CheckpointError and PlanError as in planning."""
-    source = open_source(where) if isinstance(where, str | Path) else where
-    checkpoint = read_checkpoint(source)
-
-    found: dict[str, Weight] = {}
-    runtime: list[str] = []
-    for group in checkpoint.groups:
-        weights, dropped = read_weights(group.tensors, checkpoint.config, shape_reader(source.read), "BF16")
-        # Two indices may hold the same names; each weight is then known with its index before its name.
-        found.update((w.name if w.name not in found else f"{group.index}: {w.name}", w) for w in weights)
-        runtime += dropped
-    return Opened(source, checkpoint, found, tuple(runtime))
-
-
-@contextmanager
-def opening(where: str | Path | Source, on_event: Listener = ignore) -> Iterator[Opened]:
-    """`open_weights` for the length of a block; a source of the caller's own stays open."""
-    source = open_source(where, on_event=on_event) if isinstance(where, str | Path) else where
-    try:
-        yield open_weights(source)
-    finally:
-        if source is not where:
-            source.close()
 
 
 def verify_checkpoint(
@@ -100,7 +66,7 @@ def _verify(mine: Opened, theirs: Opened | None, reference: str | Path | None, o
     problems += _index_problems(mine)
     problems += _file_problems(mine)
     problems += config_problems(mine.checkpoint, weights, mine.runtime_scales)
-    shared, scale_problems = _check_scales(mine)
+    shared, scale_problems = check_scales(mine)
     problems += scale_problems
     identical = 0
     errors: list[TensorError] = []
@@ -154,59 +120,6 @@ def _file_problems(mine: Opened) -> Iterator[str]:
     for key, other in (("quant_algo", "quant_algo"), ("exclude_modules", "ignore")):
         if said.get(key) != configs[0].get(other):
             yield f"{QUANT_CONFIG_FILE}: {key} differs from {other} of config.json; engines would load different models"
-
-
-def global_scale(mine: Opened, weight: Weight) -> float:
-    """The F32 global scale of an NVFP4 weight as it is stored."""
-    return float(read_rows(mine.source.read, weight.parts["global"]).reshape(-1)[0])
-
-
-def _check_scales(mine: Opened) -> tuple[int, list[str]]:
-    """Global and activation scales finite, positive, equal within every fused unit; block scales without NaN."""
-    packed = {n.removesuffix(".weight"): w for n, w in mine.weights.items() if isinstance(w.decoder, Nvfp4Decoder)}
-    scales = {module: global_scale(mine, weight) for module, weight in packed.items()}
-    inputs = _input_scales(mine)
-    problems = [
-        f"{module}: the {kind} scale must be finite and > 0, found {scale}"
-        for kind, values in (("global", scales), ("activation", inputs))
-        for module, scale in values.items() if not 0 < scale < math.inf
-    ]  # fmt: skip
-    for module, weight in packed.items():
-        info = weight.parts["scale"]
-        for begin in range(info.begin, info.end, CHUNK):
-            codes = mine.source.read(info.file, begin, min(begin + CHUNK, info.end))
-            if np.any((codes & 0x7F) == 0x7F):
-                problems.append(f"{module}: a block scale is NaN")
-                break
-    shared = units(packed)
-    for key, members in shared.items():
-        for kind, values in (("global", scales), ("activation", inputs)):
-            if len({values[m] for m in members if m in values}) > 1:
-                listed = ", ".join(f"{m.rpartition('.')[2]} {values[m]:.6g}" for m in members if m in values)
-                problems.append(f"{key}: engines keep one {kind} scale for all members, found {listed}")
-    return len(shared), problems + list(_lonely(packed))
-
-
-def _input_scales(mine: Opened) -> dict[str, float]:
-    """Module -> stored activation scale, in the layout's own direction."""
-    infos = {info.name: info for shard in mine.checkpoint.shards.values() for info in shard.tensors}
-    found = {}
-    for name in mine.runtime_scales:
-        module, _, suffix = name.rpartition(".")
-        if suffix in ("input_scale", "input_global_scale") and infos[name].dtype == "F32" and infos[name].nbytes == 4:
-            found[module] = float(read_rows(mine.source.read, infos[name]).reshape(-1)[0])
-    return found
-
-
-def _lonely(modules: Iterable[str]) -> Iterator[str]:
-    """Halves of gate/up pairs whose other half is missing, where other layers have both."""
-    pairs: dict[str, list[str]] = {}
-    for module in modules:
-        key = unit_of(module)
-        if key is not None and key.endswith(("gate_up_proj", "w13")):
-            pairs.setdefault(key, []).append(module)
-    if any(len(members) > 1 for members in pairs.values()):
-        yield from (f"{m[0]}: its partner is missing, other layers have both" for m in pairs.values() if len(m) == 1)
 
 
 def like(theirs: Opened, mine: Opened) -> Opened:
@@ -296,7 +209,7 @@ def _error(
 
 
 def _too_far(error: TensorError, weight: Weight) -> list[str]:
-    limit = PACKED_LIMIT if weight.decoder is not None else ROUNDED_LIMIT
+    limit = PACKED_LIMIT.get(weight.decoder.bits, 0.6) if weight.decoder is not None else ROUNDED_LIMIT
     if error.nmse <= limit:
         return []
     return [f"{error.name}: relative squared error {error.nmse:.3g} ({error.stored}), at most {limit} is plausible"]

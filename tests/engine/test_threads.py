@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mso_hub
 from mso_hub.checkpoint import Array, TensorInfo
-from mso_hub.engine import ThreadEngine
+from mso_hub.engine import WHOLE, Distance, ThreadEngine, distance
 from mso_hub.errors import CheckpointError, NonFiniteError, SinkError
 from mso_hub.events import Event, PlanReady, ShardDone, ShardResumed, TensorDone
 from mso_hub.plan import Plan, Recipe
@@ -496,21 +498,62 @@ def test_the_reads_that_are_announced_are_those_that_are_made(
             position += entry[2] - entry[1]
 
 
+def measured(files: Mapping[str, bytes], engine: ThreadEngine, recipe: Recipe, measure: int) -> dict[str, Distance]:
+    """Weight -> what a run says of its encoding, all its blocks together."""
+    source = MemorySource(files)
+    plan = mso_hub.make_plan(source, recipe)
+    found: dict[str, Distance] = {}
+    for piece in engine.run(plan, plan.shards, source.read, {}, measure=measure):
+        if piece.distance is not None:
+            name = piece.step.weight.name
+            found[name] = found[name] + piece.distance if name in found else piece.distance
+    return found
+
+
 @pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
 def test_a_run_measures_what_encoding_did(large: dict[str, bytes], layout: str) -> None:
-    """Once for each encoded weight, on its first rows, the same number that verify finds there."""
-    source = MemorySource(large)
-    plan = mso_hub.make_plan(source, Recipe(layout=layout))
-    pieces = list(ThreadEngine(2).run(plan, plan.shards, source.read, {}, measure=True))
-    measured = {piece.step.weight.name: piece.distance for piece in pieces if piece.distance is not None}
-    assert set(measured) == {step.weight.name for shard in plan.shards for step in shard.steps if step.unit}
-    assert sum(piece.distance is not None for piece in pieces) == len(measured)
-    sink = MemorySink()
-    mso_hub.convert(source, sink, Recipe(layout=layout))
-    report = mso_hub.verify_checkpoint(MemorySource(sink.files), source=source)
+    """Every encoded weight, the same number that verify finds there."""
+    recipe = Recipe(layout=layout)
+    found = measured(large, ThreadEngine(2), recipe, WHOLE)
+    plan = mso_hub.make_plan(MemorySource(large), recipe)
+    assert set(found) == {step.weight.name for shard in plan.shards for step in shard.steps if step.format}
+    report = mso_hub.verify_checkpoint(
+        MemorySource(converted(large, ThreadEngine(2), recipe)), source=MemorySource(large)
+    )
     small = {error.name: error for error in report.errors if "layers.1" in error.name}
+    assert len(small) == 3
     for name, error in small.items():
-        assert measured[name].nmse == pytest.approx(error.nmse, rel=1e-6)
-        assert measured[name].largest == pytest.approx(error.max_abs, rel=1e-6)
-    silent = ThreadEngine(2).run(plan, plan.shards, source.read, {})
-    assert all(piece.distance is None for piece in silent)
+        assert found[name].nmse == pytest.approx(error.nmse, rel=1e-6)
+        assert found[name].largest == pytest.approx(error.max_abs, rel=1e-6)
+    assert measured(large, ThreadEngine(2), recipe, 0) == {}
+
+
+@pytest.mark.parametrize("memory", [8 * MIB, 64 * MIB, 448 * MIB])
+def test_a_sample_is_the_first_rows_of_a_weight_whatever_the_blocks(large: dict[str, bytes], memory: int) -> None:
+    """As many rows as hold that many numbers: a card must say the same for every number of threads and every budget."""
+    gate, _, down = names(0)
+    rows, columns = 4096, 2100 // 16 * 16
+    whole = measured(large, ThreadEngine(1), Recipe(), WHOLE)
+    sample = measured(large, ThreadEngine(2, memory), Recipe(), 100 * columns)
+    assert sample[down] == whole[down]
+    assert sample[gate].energy == pytest.approx(whole[gate].energy * 100 / rows, rel=0.05)
+    again = measured(large, ThreadEngine(1, MIB), Recipe(), 100 * columns)
+    assert again[gate].energy == pytest.approx(sample[gate].energy, rel=1e-12)
+    assert again[gate].error == pytest.approx(sample[gate].error, rel=1e-12)
+
+
+@given(
+    values=st.lists(st.lists(st.floats(-8, 8, width=16), min_size=32, max_size=32), min_size=2, max_size=6),
+    cut=st.integers(1, 5),
+)
+@settings(deadline=None)
+def test_distances_add_up(values: list[list[float]], cut: int) -> None:
+    """Two blocks of rows together are what the rows are at once; a block of 16 columns is exact or it is not."""
+    before = np.array(values, np.float32)
+    after = np.rint(before)
+    whole = distance(before, "F32", after)
+    parts = distance(before[:cut], "F32", after[:cut]) + distance(before[cut:], "F32", after[cut:])
+    assert (parts.error, parts.energy) == (pytest.approx(whole.error), pytest.approx(whole.energy))
+    assert (parts.largest, parts.inexact) == (whole.largest, whole.inexact)
+    assert whole.error == pytest.approx(float(((after - before).astype(np.float64) ** 2).sum()))
+    assert whole.inexact == sum(bool((row != np.rint(row)).any()) for row in before.reshape(-1, 16))

@@ -27,12 +27,7 @@ def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(shape, dtype=torch.uint8).to(dtype)
 
 
-def int_tensor(*shape: int) -> Tensor:
-    """Packed words."""
-    return zeros(*shape, dtype=torch.int32)
-
-
-FP8, U8, I8, F16 = torch.float8_e4m3fn, torch.uint8, torch.int8, torch.float16
+FP8, U8, I8 = torch.float8_e4m3fn, torch.uint8, torch.int8
 CT = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], "weights": {}}}}
 
 
@@ -42,27 +37,14 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
 
 
 FOREIGN: dict[str, Source] = {
-    "DeepSeek FP8 in blocks": (
-        {f"{NAME}.weight": zeros(128, 128, dtype=FP8), f"{NAME}.weight_scale_inv": torch.ones(1, 1)},
-        {"quant_method": "fp8", "weight_block_size": [128, 128]}),
-    "compressed-tensors FP8 per channel": (
-        {f"{NAME}.weight": zeros(32, 32, dtype=FP8), f"{NAME}.weight_scale": torch.ones(32, 1)},
-        compressed("float-quantized", num_bits=8, type="float")),
     "FP8 without any config": ({f"{NAME}.weight": zeros(32, 32, dtype=FP8)}, {}),
     "FP8 E5M2": ({f"{NAME}.weight": zeros(32, 32, dtype=torch.float8_e5m2)}, {}),
-    "ModelOpt FP8": (
-        {f"{NAME}.weight": zeros(32, 32, dtype=FP8), f"{NAME}.weight_scale": torch.tensor(1.0),
-         f"{NAME}.input_scale": torch.tensor(1.0)},
-        {"quant_method": "modelopt", "quant_algo": "FP8"}),
-    "GPTQ": (
-        {f"{NAME}.qweight": int_tensor(16, 32), f"{NAME}.qzeros": int_tensor(1, 4),
-         f"{NAME}.scales": zeros(1, 32, dtype=F16), f"{NAME}.g_idx": int_tensor(128)},
-        {"quant_method": "gptq", "bits": 4, "group_size": 128}),
-    "AWQ": (
-        {f"{NAME}.qweight": int_tensor(128, 4), f"{NAME}.qzeros": int_tensor(1, 4),
-         f"{NAME}.scales": zeros(1, 32, dtype=F16)},
-        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}),
-    "GPTQ whose config was lost": ({f"{NAME}.qweight": int_tensor(16, 32), f"{NAME}.scales": torch.ones(1, 32)}, {}),
+    "FP8 experts in one tensor": (
+        {"model.layers.0.mlp.experts.down_proj": zeros(2, 32, 32, dtype=FP8),
+         "model.layers.0.mlp.experts.down_proj_scale_inv": torch.ones(2, 1, 1)},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    "codes of a byte without a scale": (
+        {f"{NAME}.weight": zeros(32, 32, dtype=I8)}, compressed("int-quantized", num_bits=8, type="int")),
     "bitsandbytes NF4": (
         {f"{NAME}.weight": zeros(512, 1, dtype=U8), f"{NAME}.weight.absmax": zeros(16, dtype=U8),
          f"{NAME}.weight.quant_map": torch.ones(16), f"{NAME}.weight.nested_absmax": torch.ones(1),
@@ -71,28 +53,18 @@ FOREIGN: dict[str, Source] = {
     "bitsandbytes INT8": (
         {f"{NAME}.weight": zeros(32, 32, dtype=I8), f"{NAME}.SCB": torch.ones(32)},
         {"quant_method": "bitsandbytes", "load_in_8bit": True}),
-    "gpt-oss MXFP4": (
-        {"model.layers.0.mlp.experts.down_proj_blocks": zeros(2, 32, 1, 16, dtype=U8),
-         "model.layers.0.mlp.experts.down_proj_scales": zeros(2, 32, 1, dtype=U8)},
-        {"quant_method": "mxfp4"}),
-    "compressed-tensors MXFP4": (
-        {f"{NAME}.weight_packed": zeros(32, 32, dtype=U8), f"{NAME}.weight_scale": zeros(32, 2, dtype=U8)},
-        compressed("mxfp4-pack-quantized", num_bits=4, type="float", group_size=32)),
-    "INT8 weight with a scale": (
-        {f"{NAME}.weight": zeros(32, 32, dtype=I8), f"{NAME}.weight_scale": torch.ones(32, 1)},
-        compressed("int-quantized", num_bits=8, type="int")),
-    "ModelOpt AWQ, two rows in a byte": (
+    "ModelOpt INT4 with FP8 scales on top": (
         {f"{NAME}.weight": zeros(16, 32, dtype=U8), f"{NAME}.weight_scale": torch.ones(32, 1),
-         f"{NAME}.pre_quant_scale": random_tensor(32)},
-        {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}),
+         f"{NAME}.weight_scale_2": torch.tensor(1.0), f"{NAME}.pre_quant_scale": random_tensor(32)},
+        {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}),
     "ModelOpt NVFP4 with groups of 32": (
         {f"{NAME}.weight": zeros(32, 32, dtype=U8), f"{NAME}.weight_scale": zeros(32, 2, dtype=FP8),
          f"{NAME}.weight_scale_2": torch.tensor(1.0)},
         {"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8"}),
-    "ModelOpt NVFP4 with a smoothing scale": (
+    "ModelOpt NVFP4 with a low-rank part": (
         {f"{NAME}.weight": zeros(32, 16, dtype=U8), f"{NAME}.weight_scale": zeros(32, 2, dtype=FP8),
-         f"{NAME}.weight_scale_2": torch.tensor(1.0), f"{NAME}.pre_quant_scale": random_tensor(32)},
-        {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}),
+         f"{NAME}.weight_scale_2": torch.tensor(1.0), f"{NAME}.svdquant_lora_a": random_tensor(4, 32)},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4_SVD"}),
     "NVFP4 with a global scale per row": (
         {f"{NAME}.weight_packed": zeros(32, 16, dtype=U8), f"{NAME}.weight_scale": zeros(32, 2, dtype=FP8),
          f"{NAME}.weight_global_scale": torch.ones(32)},
@@ -117,11 +89,17 @@ def test_a_source_without_a_decoder_is_refused(kind: str, verb: str, tmp_path: P
 
 
 def test_every_strange_tensor_of_a_bank_is_named(tmp_path: Path) -> None:
-    """Codes and scales of MXFP4: leaving either out would copy it on where the other is missing."""
-    tensors, quantized = FOREIGN["gpt-oss MXFP4"]
+    """Codes and scales of gpt-oss: where one is missing, the other is not copied on."""
+    bank = "model.layers.0.mlp.experts.down_proj"
+    tensors = {
+        f"{bank}_blocks": zeros(2, 32, 1, 16, dtype=U8),
+        f"{bank}_scales": zeros(2, 32, 1, dtype=U8),
+    }
     for name, tensor in tensors.items():
         folder = tmp_path / name
-        write_checkpoint(folder, {"model.safetensors": {name: tensor}}, {"quantization_config": quantized})
+        write_checkpoint(
+            folder, {"model.safetensors": {name: tensor}}, {"quantization_config": {"quant_method": "mxfp4"}}
+        )
         with pytest.raises(PlanError, match=rf"without a decoder: {name} U8"):
             convert(folder, tmp_path / "out", RECIPES["decompress"])
 
@@ -248,8 +226,8 @@ def test_ordinary_parameters_may_be_called_scale(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("verb", RECIPES)
-def test_a_global_scale_that_is_none_is_refused(value: float, verb: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [Recipe(mode="all-linear", layout="modelopt"), RECIPES["decompress"]])
+def test_a_global_scale_that_is_none_is_refused(value: float, recipe: Recipe, tmp_path: Path) -> None:
     """Zero, negative and infinite scales would decode to nonsense without a word."""
     source = write_checkpoint(
         tmp_path / "in", {"model.safetensors": {f"{NAME}.weight": random_tensor(16, 32)}}, {"model_type": "x"}
@@ -258,7 +236,7 @@ def test_a_global_scale_that_is_none_is_refused(value: float, verb: str, tmp_pat
     tensors = tensors_of(tmp_path / "packed") | {f"{NAME}.weight_global_scale": torch.tensor([value])}
     damaged = write_checkpoint(tmp_path / "bad", {"model.safetensors": tensors}, {"model_type": "x"})
     with pytest.raises(CheckpointError, match=f"{NAME}: the global scale must be finite and > 0"):
-        convert(damaged, tmp_path / "out", RECIPES[verb])
+        convert(damaged, tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
 
 

@@ -268,7 +268,9 @@ def test_imported_input_scales_are_shared_and_converted(layout: str, tmp_path: P
     source = tiny_llama(tmp_path / "in", layers=1, shards=1)
     modules = linear_modules(tensors_of(source))
     scales = {module: 0.25 + at for at, module in enumerate(modules)}
-    convert(source, tmp_path / "out", Recipe(mode="all-linear", layout=layout, input_scales=scales))
+    amax = {module: 2688 * scale for module, scale in scales.items()}
+    recipe = Recipe(mode="all-linear", layout=layout, input_scale="imported", input_amax=amax)
+    convert(source, tmp_path / "out", recipe)
     found = tensors_of(tmp_path / "out")
     for module in modules:
         shared = max(scale for other, scale in scales.items() if unit_of(other) == unit_of(module))

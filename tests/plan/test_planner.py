@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mso_hub.checkpoint import DTYPE_BITS, Shard, header_length, parse_header
 from mso_hub.errors import CheckpointError, PlanError, RecipeError
+from mso_hub.formats import Scheme
 from mso_hub.pipeline import convert, make_plan
-from mso_hub.plan import Plan, Recipe
+from mso_hub.plan import Plan, Recipe, Rule
 from mso_hub.sink import MemorySink
 from mso_hub.source import MemorySource
 from tests.helpers import INDEX, checkpoint_files, in_shards, random_tensor, tensors_in
@@ -369,7 +370,7 @@ def test_a_pattern_must_match_in_some_name_space() -> None:
 
 def test_an_unknown_scheme_is_refused() -> None:
     """The error lists what there is."""
-    with pytest.raises(RecipeError, match="format must be one of nvfp4, bf16, got 'int3'"):
+    with pytest.raises(RecipeError, match=r"format must be one of nvfp4, mxfp4, .* int4_awq, .*bf16, got 'int3'"):
         plan_of(checkpoint_files({"m.safetensors": mlp()}, CONFIG), scheme="int3")
 
 
@@ -415,47 +416,75 @@ def test_a_dense_weight_beside_its_packed_one_is_refused() -> None:
 def test_imported_scales_must_cover_every_module() -> None:
     """W4A4 without an activation scale serves garbage; the largest of a unit serves all its members."""
     files = checkpoint_files({"m.safetensors": mlp()}, CONFIG)
-    scales = {f"{L}.mlp.gate_proj": 0.5, f"{L}.mlp.up_proj": 2.0, f"{L}.mlp.down_proj": 0.25}
-    plan = plan_of(files, input_scales=scales)
-    found = {step.weight.module.rpartition(".")[2]: step.input_scale for shard in plan.shards for step in shard.steps}
-    assert found == {"gate_proj": 2.0, "up_proj": 2.0, "down_proj": 0.25}
-    del scales[f"{L}.mlp.down_proj"]
+    amax = {f"{L}.mlp.gate_proj": 672.0, f"{L}.mlp.up_proj": 2688.0, f"{L}.mlp.down_proj": 1344.0}
+    recipe: dict[str, Any] = {"layout": "modelopt", "input_scale": "imported", "input_amax": amax}
+    plan = plan_of(files, **recipe)
+    found = {step.weight.module.rpartition(".")[2]: step.extras for shard in plan.shards for step in shard.steps}
+    assert found == {"gate_proj": (1.0,), "up_proj": (1.0,), "down_proj": (0.5,)}
+    del amax[f"{L}.mlp.down_proj"]
     with pytest.raises(PlanError, match=rf"{L}\.mlp\.down_proj: .*no input_scale"):
-        plan_of(files, input_scales=scales)
+        plan_of(files, **recipe)
 
 
 # --- names of jobs --------------------------------------------------------------------------------
 
 
-CHANGES: list[dict[str, Any]] = [
-    {"layout": "modelopt"},
-    {"mode": "all-linear"},
-    {"ignore": ("*.down_proj",)},
-    {"targets": ("*_proj",)},
-    {"imported_ignore": ("*.down_proj",)},
-    {"input_scale": 1.0},
-    {"input_scales": {f"{L}.mlp.{leaf}": 1.0 for leaf in ("gate_proj", "up_proj", "down_proj")}},
-    {"scale_search": "mse"},
-    {"default_ignore": False},
-    {"dtype": "F16"},
+IMPORTED = {"input_scale": "imported"}
+INT4 = {"scheme": "w4a16", "group_size": 32}
+KV = {"kv_cache": True}
+ALL = {"targets": ("*_proj",)}
+AMAX = {f"{L}.mlp.{leaf}": 1.0 for leaf in ("gate_proj", "up_proj", "down_proj")}
+CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"scheme": "fp8_dynamic"}),
+    ({}, {"layout": "modelopt"}),
+    ({}, {"mode": "all-linear"}),
+    ({}, {"ignore": ("*.down_proj",)}),
+    ({}, ALL),
+    ({}, {"imported_ignore": ("*.down_proj",)}),
+    ({}, {"input_scale": 1.0}),
+    (IMPORTED | {"input_amax": AMAX}, {"input_amax": AMAX | {f"{L}.mlp.up_proj": 2.0}}),
+    ({}, {"activations": 4}),
+    ({}, {"scale_search": "mse"}),
+    ({}, {"default_ignore": False}),
+    ({}, {"dtype": "F16"}),
+    ({}, {"rules": (Rule(Scheme("fp8"), ("*.down_proj",)), Rule(Scheme("nvfp4")))}),
+    (INT4, {"group_size": 0}),
+    (INT4, {"symmetric": False}),
+    ({}, KV),
+    (KV | {"mode": "all-linear"}, {"kv_scales": {f"{L}.self_attn": (0.5, 0.25)}}),
 ]
+"""A recipe, and what is changed in it."""
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_another_recipe_is_another_job(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("recipe", "change"), CHANGES)
+def test_another_recipe_is_another_job(recipe: dict[str, Any], change: dict[str, Any]) -> None:
     """A resumed run must never continue with other settings."""
-    files = checkpoint_files({"m.safetensors": mlp()}, CONFIG)
-    assert plan_of(files).job == plan_of(dict(files)).job
-    assert plan_of(files, **change).job != plan_of(files).job
+    attention = {f"{L}.self_attn.k_proj.weight": random_tensor(32, 32)}
+    files = checkpoint_files({"m.safetensors": mlp() | attention}, CONFIG)
+    assert plan_of(files, **recipe).job == plan_of(dict(files), **recipe).job
+    assert plan_of(files, **(recipe | change)).job != plan_of(files, **recipe).job
+
+
+@pytest.mark.parametrize("change", [{"activations": 4}, {"group_size": 64}, {"search": "mse"}, {"symmetric": False}])
+def test_another_rule_is_another_job(change: dict[str, Any]) -> None:
+    """Every field of a rule's scheme counts, as do its targets and the order of the rules."""
+    down = {f"{L}.mlp.down_proj.weight": random_tensor(32, 128)}
+    files = checkpoint_files({"m.safetensors": mlp(rows=128) | down}, CONFIG)
+    scheme = Scheme("nvfp4") if change.keys() & {"activations"} else Scheme("w4a16", group_size=32)
+    gated = ("*.gate_proj", "*.up_proj")
+    first = (Rule(scheme, ("*.down_proj",)), Rule(Scheme("fp8"), gated))
+    second = (Rule(replace(scheme, **change), ("*.down_proj",)), Rule(Scheme("fp8"), gated))
+    jobs = {plan_of(files, rules=rules).job for rules in (first, second, first[::-1], second[::-1])}
+    assert len(jobs) == 4
 
 
 def test_the_scheme_and_the_text_part_are_in_the_job_too() -> None:
-    """The two settings that need another source to make sense; with them, no field of Recipe is left out above."""
+    """Decoding and text_only need another source to make sense; with them, no field of Recipe is left out above."""
     _, packed = write(checkpoint_files({"m.safetensors": mlp()}, CONFIG))
     assert plan_of(packed, scheme="bf16").job != plan_of(packed).job
     files = checkpoint_files({"m.safetensors": vlm_text()}, VLM)
     assert plan_of(files, text_only=True).job != plan_of(files).job
-    tried = {name for change in CHANGES for name in change} | {"scheme", "text_only"}
+    tried = {name for recipe, change in CHANGES for name in {**recipe, **change}} | {"text_only"}
     assert tried == {field.name for field in fields(Recipe)}
 
 

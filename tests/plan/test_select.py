@@ -8,7 +8,6 @@ import pytest
 
 from mso_hub.checkpoint import TensorInfo
 from mso_hub.errors import RecipeError
-from mso_hub.formats.nvfp4 import Nvfp4
 from mso_hub.formats.weight import Weight
 from mso_hub.plan import Recipe
 from mso_hub.plan.select import Selection, select
@@ -214,7 +213,7 @@ def linear(*modules: str) -> list[Weight]:
 
 def choose(weights: list[Weight], config: dict[str, Any] | None = None, **settings: Any) -> Selection:
     """`select` for NVFP4."""
-    return select(weights, Recipe(**settings), CONFIG if config is None else config, Nvfp4().problem)
+    return select(weights, Recipe(**settings), CONFIG if config is None else config)
 
 
 @pytest.mark.parametrize("mode", ["mlp", "all-linear"])
@@ -353,7 +352,7 @@ def test_a_partly_chosen_unit_is_a_problem(settings: dict[str, Any], stays: str,
     assert GATED[0] in problem
     assert GATED[1] in problem
     assert f"{stays} stays ({why})" in problem
-    assert problem.endswith("choose or ignore all of them")
+    assert problem.endswith("give all of them to one rule, or ignore all")
 
 
 def test_a_whole_unit_may_be_ignored() -> None:
@@ -365,21 +364,34 @@ def test_a_whole_unit_may_be_ignored() -> None:
 
 def test_a_partly_ignored_bank_of_experts_is_a_problem() -> None:
     """Experts load as one tensor: leaving one of them dense cannot be served."""
-    found = choose(experts(4, "gate_proj", "up_proj", "down_proj"), ignore=("*.experts.2",))
-    assert len(found.problems) == 3
-    for problem in found.problems:
-        assert problem.startswith("model.layers.0.mlp.experts: experts load as one tensor")
-        assert "model.layers.0.mlp.experts.2." in problem
-        assert "(ignore *.experts.2)" in problem
+    (problem,) = choose(experts(4, "gate_proj", "up_proj", "down_proj"), ignore=("*.experts.2",)).problems
+    assert problem.startswith("model.layers.0.mlp.experts: experts load as one tensor, so all must be stored alike; ")
+    assert "model.layers.0.mlp.experts.2.gate_proj stays (ignore *.experts.2)" in problem
+    assert problem.endswith("give all of them to one rule, or ignore all")
 
 
-def test_experts_may_go_by_layer_and_by_projection() -> None:
-    """Ignoring the bank of one layer, or down_proj of every expert, leaves whole tensors."""
+def test_experts_may_go_by_layer() -> None:
+    """Ignoring the bank of one layer leaves whole tensors."""
     weights = experts(4, "gate_proj", "up_proj", "down_proj")
     assert choose([*weights, *layers(1)], ignore=("model.layers.0.mlp.experts",)).problems == ()
-    found = choose(weights, ignore=("*.down_proj",))
-    assert found.problems == ()
-    assert {w.module.rpartition(".")[2] for w in found.chosen} == {"gate_proj", "up_proj"}
+
+
+def test_experts_may_not_go_by_projection() -> None:
+    """Engines take one quantization method for a whole bank: dense down_proj beside packed gate_proj cannot be loaded."""
+    leaves = ("gate_proj", "up_proj", "down_proj")
+    (problem,) = choose(experts(4, *leaves), ignore=("*.down_proj",)).problems
+    assert problem.startswith("model.layers.0.mlp.experts: experts load as one tensor")
+    assert "model.layers.0.mlp.experts.0.down_proj stays (ignore *.down_proj)" in problem
+
+
+@pytest.mark.parametrize("stays", ["gate_up_proj", "down_proj"])
+def test_a_fused_bank_may_not_go_by_projection_either(stays: str) -> None:
+    """Two 3-D tensors hold one bank; the one that stays keeps its fused name, and still belongs to it."""
+    bank = "model.layers.0.mlp.experts"
+    weights = [dense(f"{bank}.gate_up_proj", 4, 96, 32), dense(f"{bank}.down_proj", 4, 32, 48)]
+    (problem,) = choose(weights, ignore=(f"*.{stays}",)).problems
+    assert problem.startswith(f"{bank}: experts load as one tensor")
+    assert f"{bank}.{stays} stays (ignore *.{stays})" in problem
 
 
 @pytest.mark.parametrize("shape", [(32, 40), (32, 8), (32, 0), (0, 32)])

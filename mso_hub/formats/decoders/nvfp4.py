@@ -9,6 +9,7 @@ import numpy as np
 
 from mso_hub.checkpoint import Array
 from mso_hub.errors import CheckpointError
+from mso_hub.formats.decoders.base import Built, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,16 @@ class Nvfp4Decoder:
     def name(self) -> str:
         """For reports."""
         return "nvfp4-pack-quantized" if self.layout == "compressed-tensors" else "modelopt NVFP4"
+
+    @property
+    def scheme(self) -> str:
+        """E2M1 under E4M3 under F32."""
+        return "nvfp4"
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return 4
 
     @property
     def row_step(self) -> int:
@@ -46,3 +57,16 @@ class Nvfp4Decoder:
             )
         decode = nvfp4.decode if self.layout == "modelopt" else nvfp4.decode_divided
         return decode(parts["codes"], parts["scale"], scale, dtype)
+
+
+def nvfp4(stored: Stored) -> Built:
+    """Decoder and shape of one NVFP4 weight, of the layout that its codes have by name."""
+    codes, scale, scalar = (stored.parts[role] for role in ("codes", "scale", "global"))
+    good = (
+        scale.dtype == "F8_E4M3" and scalar.dtype == "F32" and scalar.nbytes == 4 and 0 not in codes.shape
+        and len(codes.shape) == 2 and scale.shape == (codes.shape[0], codes.shape[1] // 8) and codes.shape[1] % 8 == 0
+    )  # fmt: skip
+    if not good:
+        raise stored.refuse("NVFP4 needs codes U8 [N, K/2], scales F8_E4M3 [N, K/16] and one F32 global scale")
+    layout = "compressed-tensors" if codes.name.endswith("weight_packed") else "modelopt"
+    return Nvfp4Decoder(layout, stored.module), (codes.shape[0], 2 * codes.shape[1])

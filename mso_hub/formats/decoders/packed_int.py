@@ -9,27 +9,14 @@ have one group. Kimi-K2 stores its experts this way (4 bits, groups of 32, symme
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.errors import CheckpointError, PlanError
-from mso_hub.formats.weight import FLOAT_DTYPES, Reader, read_rows
-
-ReadShape = Callable[[TensorInfo], tuple[int, int]]
-"""Reads a weight_shape tensor: two integers."""
-
-
-def shape_reader(read: Reader) -> ReadShape:
-    """Reads weight_shape tensors of either dtype, I32 or I64, through Source.read."""
-
-    def read_shape(info: TensorInfo) -> tuple[int, int]:
-        """[N, K] as stored."""
-        rows, columns = read_rows(read, info).reshape(-1).tolist()
-        return rows, columns
-
-    return read_shape
+from mso_hub.formats.decoders.base import Built, ReadShape, Stored
+from mso_hub.formats.dialects import compressed_tensors
+from mso_hub.formats.weight import FLOAT_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +43,16 @@ class PackedInt:
     def name(self) -> str:
         """For reports."""
         return f"pack-quantized INT{self.bits}"
+
+    @property
+    def scheme(self) -> str:
+        """int4, ..."""
+        return f"int{self.bits}"
+
+    @property
+    def layout(self) -> str:
+        """compressed-tensors alone packs this way."""
+        return "compressed-tensors"
 
     @property
     def row_step(self) -> int:
@@ -93,14 +90,14 @@ class PackedInt:
             zero_point = integer.unpack_zero_point(parts["zero_point"], self.bits, stop - start, dense=self.dense)
         scale = floats.widen(parts["scale"], self.scale_dtype)
         return integer.decode(
-            parts["packed"], scale, zero_point, g_idx,
+            parts["codes"], scale, zero_point, g_idx,
             bits=self.bits, group_size=self.group_size, cols=self.columns, dense=self.dense, dtype=dtype,
         )  # fmt: skip
 
 
 def _columns(module: str, parts: Mapping[str, TensorInfo], bits: int, group: int, read_shape: ReadShape) -> int:
     """Logical K, from shapes where they decide it, else from the weight_shape tensor."""
-    words, groups = parts["packed"].shape[1], parts["scale"].shape[1]
+    words, groups = parts["codes"].shape[1], parts["scale"].shape[1]
     said = parts.get("shape")
     if said is not None and (said.dtype not in ("I32", "I64") or said.shape != (2,)):
         raise CheckpointError(f"{said.name}: must be two integers, got {said.dtype} {list(said.shape)}")
@@ -110,10 +107,10 @@ def _columns(module: str, parts: Mapping[str, TensorInfo], bits: int, group: int
             return columns
     if said is not None:
         rows, columns = read_shape(said)
-        if rows == parts["packed"].shape[0] and columns > 0:
+        if rows == parts["codes"].shape[0] and columns > 0:
             return columns
         raise CheckpointError(
-            f"{module}.weight_shape says {[rows, columns]}, {parts['packed'].shape[0]} rows are stored"
+            f"{module}.weight_shape says {[rows, columns]}, {parts['codes'].shape[0]} rows are stored"
         )
     raise CheckpointError(
         f"{module}: {words} packed words and {groups} groups do not say how many columns there are, and "
@@ -137,15 +134,17 @@ def _check_companions(module: str, parts: Mapping[str, TensorInfo], decoder: Pac
             )
 
 
-def packed_int(
-    module: str, parts: Mapping[str, TensorInfo], args: Mapping[str, Any], read_shape: ReadShape
-) -> tuple[PackedInt, tuple[int, int]]:
-    """Decoder and logical shape of one packed weight, everything checked against its stored shapes.
-
-    args  `weights` of the config group that covers the module
-    """
+def packed_int(stored: Stored) -> Built:
+    """Decoder and logical shape of one packed weight, everything checked against its stored shapes."""
+    module, parts = stored.module, stored.parts
+    if stored.said.method != "compressed-tensors":
+        raise CheckpointError(
+            f"{module}: stored packed, but config.json has no compressed-tensors quantization_config, at the top "
+            "or nested; restore the config.json that belongs to these weights"
+        )
+    args = compressed_tensors.weight_args(stored.said.config, module)
     bits, group = args.get("num_bits"), args.get("group_size") or 0
-    packed, scale = parts["packed"], parts["scale"]
+    packed, scale = parts["codes"], parts["scale"]
     if not isinstance(group, int):
         raise PlanError(f"{module}: group_size must be a number of columns or null, got {group!r}; there is no decoder")
     if args.get("type") != "int" or not isinstance(bits, int) or not 2 <= bits <= 8 or packed.dtype != "I32":
@@ -160,7 +159,7 @@ def packed_int(
         )
     if scale.dtype not in FLOAT_DTYPES:
         raise PlanError(f"{module}.weight_scale: must be one of {', '.join(FLOAT_DTYPES)}, got {scale.dtype}")
-    columns = _columns(module, parts, bits, group, read_shape)
+    columns = _columns(module, parts, bits, group, stored.read_shape)
     words, groups = packed.shape[1], scale.shape[1]
     dense, padded = words == math.ceil(columns * bits / 32), words == math.ceil(columns / (32 // bits))
     if not (dense or padded) or (dense and padded and 32 % bits):

@@ -66,23 +66,31 @@ def _matches(target: str, module: str) -> bool:
         ) from error
 
 
-def weight_args(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """`weights` of the config group that covers a module: a group that names it, else one that names a class."""
+def group_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+    """The config group that covers a module: one that names it, else one that names a class; None where none does."""
     groups = config.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, dict) else []
     by_class: Mapping[str, Any] | None = None
-    for group in groups:
+    for group in groups.values() if isinstance(groups, dict) else ():
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             continue
         targets = group.get("targets")
         for target in (t for t in targets if isinstance(t, str)) if isinstance(targets, list) else ():
             if target == module or _matches(target, module):
-                return group["weights"]  # type: ignore[no-any-return]  # isinstance above
+                return group
             if "." not in target and not target.startswith("re:"):
-                by_class = by_class or group["weights"]
-    if by_class is None:
+                by_class = by_class or group
+    return by_class
+
+
+def weight_args(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """`weights` of the config group that covers a module; CheckpointError where none does."""
+    group = group_of(config, module)
+    if group is None:
+        groups = config.get("config_groups")
         raise CheckpointError(
             f"{module}: stored packed, but no config group of quantization_config covers it "
-            f"(groups: {len(groups)}); restore the config.json that belongs to these weights"
+            f"(groups: {len(groups) if isinstance(groups, dict) else 0}); restore the config.json that belongs to "
+            "these weights"
         )
-    return by_class
+    weights: Mapping[str, Any] = group["weights"]
+    return weights

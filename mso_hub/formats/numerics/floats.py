@@ -1,9 +1,10 @@
-"""Stored floating-point numbers as bits: widen, narrow, largest magnitude, E4M3.
+"""Stored floating-point numbers as bits: widen, narrow, largest magnitude, E4M3, E8M0.
 
 Layouts (sign, exponent, mantissa bits; the exponent bias is in brackets):
 
     F32    1  8 23 (127)     BF16   1  8  7 (127)     the upper half of an F32
     F16    1  5 10 (15)      E4M3   1  4  3 (7)       no infinity, NaN is 0x7f / 0xff, max 448
+                             E8M0   0  8  0 (127)     powers of two, NaN is 0xff
 
 Two facts carry this file. First, BF16 -> F32 is a shift by 16 bits, and F32 -> BF16 is that shift
 after rounding to nearest, ties to even. Second, for numbers of one sign the order of the bit
@@ -197,10 +198,33 @@ def round_f32(value: np.float32, precision: int) -> np.float32:
 
 
 @kernel
+def round_all(x: Array, precision: int) -> None:
+    """`round_f32` for x [n], the uint32 bits of float32 without NaN, in place."""
+    values = x.view(np.float32)
+    if precision == 1:
+        for i in range(x.size):
+            u = np.uint32(x[i] + np.uint32(0x7FFF) + ((x[i] >> np.uint32(16)) & np.uint32(1)))
+            x[i] = u & np.uint32(0xFFFF0000)
+    if precision == 2:
+        for i in range(x.size):
+            sign, u = np.uint32(x[i] & np.uint32(0x80000000)), np.uint32(x[i] & np.uint32(0x7FFFFFFF))
+            magnitude = np.float32(abs(values[i]))
+            small = np.float32(np.float32(magnitude + np.float32(0.5)) - np.float32(0.5)).view(np.uint32)
+            normal = np.uint32(u + np.uint32(0xFFF) + ((u >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
+            near = np.uint32(small) if magnitude < np.float32(2.0**-14) else np.uint32(normal)
+            x[i] = sign | (near if near < np.uint32(0x47800000) else np.uint32(0x7F800000))
+
+
+@kernel
 def next_f32(value: np.float32, precision: int, steps: int) -> np.float32:
-    """The number `steps` (-1, 0 or 1) places above a positive number of a dtype (`PRECISION`)."""
+    """The number `steps` (-1, 0 or 1) places above a positive number of a dtype (`PRECISION`).
+
+    Below 0 and above infinity there is nothing; what comes back then is no positive finite number.
+    """
     if steps == 0:
         return value
+    if precision == 2 and steps < 0 and value == np.float32(np.inf):
+        return np.float32(65504.0)
     if precision == 2 and (value < np.float32(2.0**-14) or (steps < 0 and value == np.float32(2.0**-14))):
         return np.float32(value + np.float32(steps) * np.float32(2.0**-24))
     unit = np.int64(1)

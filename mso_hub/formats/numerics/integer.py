@@ -10,7 +10,7 @@ The same for zero points: they are stored with the offset 2**(bits - 1) too. Two
     padded  its older releases: floor(32 / bits) elements per word, the bits above them are unused
 
 For 2, 4 and 8 bits both are the same bytes. `words_per_row` tells which one a tensor uses.
-`reference` is the same arithmetic in plain torch.
+`integer_encode` makes codes, `reference` is the same arithmetic in plain torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import numpy.typing as npt
 
 from mso_hub.formats.numerics.floats import Array, narrow, storage, store_f32
 from mso_hub.formats.numerics.kernel import kernel
+
+_TILE = 2048  # columns: 8 KiB as float32
 
 
 def words_per_row(cols: int, bits: int, *, dense: bool) -> int:
@@ -76,17 +78,66 @@ def decode(
     source      compressed-tensors 0.20 PackedQuantizationCompressor.decompress; its arithmetic is
                 in the dtype of the scale, which rounds this same exact product once
     """
-    codes = unpack(packed, bits, cols, dense=dense)
-    size = cols if group_size is None else group_size
-    if size < 1:
-        raise ValueError(f"group_size must be at least 1, or None for one scale per row, got {group_size}")
-    index = np.arange(cols, dtype=np.int32) // size if g_idx is None else g_idx.astype(np.int32)
-    zeros = np.zeros(scale.shape, np.int8) if zero_point is None else zero_point
-    _check_groups(codes.shape, -(-cols // size), scale, zeros, index)
-    out = np.empty(codes.shape, storage("F32" if dtype == "F16" else dtype))
-    bits_out = out.view(np.uint16 if dtype == "BF16" else np.uint32)
-    _decode(_readonly(codes), _readonly(scale), _readonly(zeros), _readonly(index), bits_out)
+    if g_idx is not None:
+        codes = unpack(packed, bits, cols, dense=dense)
+        return decode_indexed(codes, scale, zero_point, g_idx, group_size=group_size, dtype=dtype)
+    _check_packed(packed, bits, cols, dense)
+    shape = (packed.shape[0], cols)
+    size, zeros = _check_groups(shape, group_size, scale, zero_point)
+    out, bits_out = _output(shape, dtype)
+    _decode_packed(_readonly(packed), bits, dense, _readonly(scale), zeros, size, bits_out)
     return narrow(out, dtype) if dtype == "F16" else out
+
+
+def decode_int8(
+    codes: npt.NDArray[np.int8],
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.integer] | None,
+    *,
+    group_size: int | None,
+    dtype: str,
+) -> Array:
+    """Dequantize codes that are not packed: (q - zero_point) * scale in float32, rounded once to `dtype`.
+
+    codes       int8 [rows, cols]
+    scale       float32 [rows, groups], widened exactly from what is stored; multiplies
+    zero_point  int8 or int16 [rows, groups]; None means 0
+    group_size  columns per group; None for one scale per row
+    returns     [rows, cols] held as `floats.storage(dtype)`
+    source      compressed-tensors 0.20 IntQuantizationCompressor.decompress
+    """
+    _check_codes(codes)
+    size, zeros = _check_groups(codes.shape, group_size, scale, zero_point)
+    out, bits_out = _output(codes.shape, dtype)
+    _decode_codes(_readonly(codes), _readonly(scale), zeros, size, bits_out)
+    return narrow(out, dtype) if dtype == "F16" else out
+
+
+def decode_indexed(
+    codes: npt.NDArray[np.int8],
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.integer] | None,
+    g_idx: npt.NDArray[np.int32],
+    *,
+    group_size: int | None,
+    dtype: str,
+) -> Array:
+    """As `decode_int8`, with the group of column k in g_idx[k] (int32 [cols])."""
+    _check_codes(codes)
+    _, zeros = _check_groups(codes.shape, group_size, scale, zero_point)
+    index = g_idx.astype(np.int32)
+    cols, groups = codes.shape[1], scale.shape[1]
+    if index.shape != (cols,) or (cols and not 0 <= int(index.min()) <= int(index.max()) < groups):
+        raise ValueError(f"g_idx must hold {cols} group numbers in 0..{groups - 1}, got {index}")
+    out, bits_out = _output(codes.shape, dtype)
+    _decode_indexed(_readonly(codes), _readonly(scale), zeros, _readonly(index), bits_out)
+    return narrow(out, dtype) if dtype == "F16" else out
+
+
+def _output(shape: tuple[int, ...], dtype: str) -> tuple[Array, Array]:
+    """Room for the numbers, and its bits, which the kernels write; F16 is rounded by numpy from F32."""
+    out = np.empty(shape, storage("F32" if dtype == "F16" else dtype))
+    return out, out.view(np.uint16 if dtype == "BF16" else np.uint32)
 
 
 def _check_packed(packed: npt.NDArray[np.int32], bits: int, cols: int, dense: bool) -> None:
@@ -99,27 +150,37 @@ def _check_packed(packed: npt.NDArray[np.int32], bits: int, cols: int, dense: bo
         )
 
 
+def _check_codes(codes: npt.NDArray[np.int8]) -> None:
+    """Refuse anything but a matrix of int8."""
+    if codes.dtype != np.int8 or codes.ndim != 2:
+        raise ValueError(f"codes must be an int8 matrix, got {codes.dtype} {list(codes.shape)}")
+
+
 def _check_groups(
     shape: tuple[int, ...],
-    groups: int,
+    group_size: int | None,
     scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.int8],
-    index: npt.NDArray[np.int32],
-) -> None:
-    """Refuse scales, zero points or group numbers that do not cover the matrix."""
+    zero_point: npt.NDArray[np.integer] | None,
+) -> tuple[int, npt.NDArray[np.int16]]:
+    """Columns per group, zero points for the kernels; refuse what does not cover the matrix."""
     rows, cols = shape
+    size = cols if group_size is None else group_size
+    if size < 1:
+        raise ValueError(f"group_size must be at least 1, or None for one scale per row, got {group_size}")
+    groups = -(-cols // size)
     if scale.dtype != np.float32 or scale.shape != (rows, groups):
         raise ValueError(
             f"a {rows} x {cols} matrix in {groups} groups needs a float32 scale {[rows, groups]}, "
             f"got {scale.dtype} {list(scale.shape)}"
         )
-    if zero_point.dtype != np.int8 or zero_point.shape != scale.shape:
+    if zero_point is None:
+        return size, _readonly(np.zeros(scale.shape, np.int16))
+    if zero_point.dtype not in (np.int8, np.int16) or zero_point.shape != scale.shape:
         raise ValueError(
             f"zero_point must be int8 {list(scale.shape)} like the scale, "
             f"got {zero_point.dtype} {list(zero_point.shape)}"
         )
-    if index.shape != (cols,) or (cols and not 0 <= int(index.min()) <= int(index.max()) < groups):
-        raise ValueError(f"g_idx must hold {cols} group numbers in 0..{groups - 1}, got {index}")
+    return size, _readonly(zero_point.astype(np.int16))
 
 
 def _readonly(values: Array) -> Array:
@@ -130,46 +191,89 @@ def _readonly(values: Array) -> Array:
 
 
 @kernel
-def _unpack_row(words: Array, bits: int, dense: bool, codes: Array) -> None:
-    """Fill codes [cols] int8 from the words [n] int32 of one row."""
-    cols = codes.size
+def _unpack_part(words: Array, bits: int, dense: bool, first: int, codes: Array) -> None:
+    """Fill codes [n] int8 with the columns from `first` on of a row in words [m] int32.
+
+    `first` is a multiple of 2, so that 4-bit codes begin with a byte.
+    """
+    n = codes.size
     if bits == 8:
-        octets = words.view(np.uint8)
-        for k in range(cols):
+        octets = words.view(np.uint8)[first : first + n]
+        for k in range(n):
             codes[k] = octets[k] ^ np.uint8(0x80)  # flipping the top bit subtracts 128
         return
     if bits == 4:
-        octets = words.view(np.uint8)
-        for k in range(cols // 2):
+        octets = words.view(np.uint8)[first // 2 :]
+        for k in range(n // 2):
             codes[2 * k] = np.int8(octets[k] & 0xF) - np.int8(8)
             codes[2 * k + 1] = np.int8(octets[k] >> 4) - np.int8(8)
-        if cols % 2:
-            codes[cols - 1] = np.int8(octets[cols // 2] & 0xF) - np.int8(8)
+        if n % 2:
+            codes[n - 1] = np.int8(octets[n // 2] & 0xF) - np.int8(8)
         return
     per_word = 32 // bits
     mask = (1 << bits) - 1
-    for k in range(cols):
+    for i in range(n):
+        k = first + i
         bit = k * bits if dense else k // per_word * 32 + k % per_word * bits
         word, low = bit >> 5, bit & 31
         code = (np.int64(words[word]) & 0xFFFFFFFF) >> low
         if low + bits > 32:
             code |= (np.int64(words[word + 1]) & 0xFFFFFFFF) << (32 - low)
-        codes[k] = (code & mask) - (1 << (bits - 1))
+        codes[i] = (code & mask) - (1 << (bits - 1))
 
 
 @kernel
 def _unpack(packed: Array, bits: int, dense: bool, codes: Array) -> None:
     """Fill codes [rows, cols] int8 from packed [rows, words] int32."""
     for r in range(packed.shape[0]):
-        _unpack_row(packed[r], bits, dense, codes[r])
+        _unpack_part(packed[r], bits, dense, 0, codes[r])
 
 
 @kernel
-def _decode(codes: Array, scale: Array, zero_point: Array, index: Array, out: Array) -> None:
-    """Fill out [rows, cols] (uint16 BF16 or uint32 F32 bits); column k is in group index[k].
+def _multiply(codes: Array, first: int, scale: Array, zero_point: Array, size: int, x: Array) -> None:
+    """Fill x [n] float32 with (q - zero_point) * scale for the columns from `first` on of one row."""
+    done = 0
+    while done < codes.size:
+        g = (first + done) // size
+        stop = min((g + 1) * size - first, codes.size)
+        z, s = np.int32(zero_point[g]), scale[g]
+        part, to = codes[done:stop], x[done:stop]
+        for k in range(part.size):
+            to[k] = np.float32(np.int32(part[k]) - z) * s
+        done = stop
 
-    The float32 numbers of one row stay in the cache between the product and the rounding.
+
+@kernel
+def _decode_packed(
+    packed: Array, bits: int, dense: bool, scale: Array, zero_point: Array, size: int, out: Array
+) -> None:
+    """Fill out [rows, cols] (uint16 BF16 or uint32 F32 bits) from packed [rows, words], groups of `size` columns.
+
+    Tile by tile: codes, products and rounded numbers of a tile stay in the cache.
     """
+    codes, x = np.empty(_TILE, np.int8), np.empty(_TILE, np.float32)
+    for r in range(out.shape[0]):
+        for start in range(0, out.shape[1], _TILE):
+            n = min(_TILE, out.shape[1] - start)
+            _unpack_part(packed[r], bits, dense, start, codes[:n])
+            _multiply(codes[:n], start, scale[r], zero_point[r], size, x[:n])
+            store_f32(x[:n].view(np.uint32), out[r, start : start + n])
+
+
+@kernel
+def _decode_codes(codes: Array, scale: Array, zero_point: Array, size: int, out: Array) -> None:
+    """As `_decode_packed`, from codes [rows, cols] int8."""
+    x = np.empty(_TILE, np.float32)
+    for r in range(out.shape[0]):
+        for start in range(0, out.shape[1], _TILE):
+            n = min(_TILE, out.shape[1] - start)
+            _multiply(codes[r, start : start + n], start, scale[r], zero_point[r], size, x[:n])
+            store_f32(x[:n].view(np.uint32), out[r, start : start + n])
+
+
+@kernel
+def _decode_indexed(codes: Array, scale: Array, zero_point: Array, index: Array, out: Array) -> None:
+    """As `_decode_codes`; column k is in group index[k]."""
     x = np.empty(out.shape[1], np.float32)
     for r in range(out.shape[0]):
         for k in range(x.size):

@@ -23,6 +23,7 @@ TAGS = {np.dtype(np.uint16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.fl
 def choose_interpreter() -> None:
     """First thing in the new process."""
     os.environ["TRITON_INTERPRET"] = "1"
+    np.seterr(all="ignore")  # the interpreter computes with numpy
 
 
 def call(device: str, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -45,10 +46,11 @@ def enter(argument: Any, device: str) -> Any:
 
 
 def leave(result: Any) -> Any:
-    """A tensor as numpy; floats as their bits."""
+    """A tensor as numpy: uint16 for BF16, otherwise its own type."""
     if not isinstance(result, torch.Tensor):
         return result
-    return to_bits(result.cpu()) if result.is_floating_point() else result.cpu().numpy()
+    result = result.cpu()
+    return to_bits(result) if result.dtype == torch.bfloat16 else result.numpy()
 
 
 class Kernels:

@@ -7,9 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mso_hub.formats.numerics.floats import PRECISION
+
 EXACT = {"enable_fp_fusion": False}
 """Options of every launch. Without fusion a * b + c is rounded twice, as on the CPU."""
 
+_TAGS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.float16, torch.float32: torch.float32}
 
 
@@ -42,6 +45,13 @@ def require_device(values: Tensor) -> None:
             f"the kernels need tensors on a CUDA device, got {values.device}; move them, "
             "or set TRITON_INTERPRET=1 before triton is imported to run without a GPU"
         )
+
+
+def precision(dtype: torch.dtype) -> int:
+    """The number by which a kernel knows a dtype, see `numerics.floats.PRECISION`."""
+    if dtype not in _TAGS:
+        raise ValueError(f"dtype {dtype} holds no plain floats; known: {', '.join(map(str, _TAGS))}")
+    return PRECISION[_TAGS[dtype]]
 
 
 def scalar(value: float, like: Tensor) -> Tensor:
@@ -104,3 +114,33 @@ def e4m3_to_f32(code: tl.tensor) -> tl.tensor:
     value = tl.where(m < 8, subnormal, normal).to(tl.int32, bitcast=True)
     value = tl.where(m == 0x7F, 0x7FC00000, value) | ((c & 0x80) << 24)
     return value.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_f32(value: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:  # noqa: N803
+    """Nearest numbers of a dtype (`numerics.floats.PRECISION`) as float32, ties to even; too large is infinite."""
+    if PRECISION == 1:
+        return (bf16_bits(value).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif PRECISION == 2:  # noqa: RET505
+        return value.to(tl.float16).to(tl.float32)
+    else:
+        return value
+
+
+@triton.jit
+def next_f32(value: tl.tensor, steps: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:  # noqa: N803
+    """The numbers `steps` (-1, 0 or 1) places above positive numbers of a dtype, as `numerics.floats.next_f32`."""
+    unit: tl.constexpr = 65536 if PRECISION == 1 else 8192 if PRECISION == 2 else 1
+    moved = (value.to(tl.int32, bitcast=True) + steps * unit).to(tl.float32, bitcast=True)
+    if PRECISION == 2:  # below 2**-14 the step is 2**-24
+        subnormal = (value < 6.103515625e-05) | ((steps < 0) & (value == 6.103515625e-05))
+        moved = tl.where(subnormal, value + steps.to(tl.float32) * 5.9604644775390625e-08, moved)
+        moved = tl.where((steps < 0) & (value == float("inf")), 65504.0, moved)
+    moved = tl.where(steps == 0, value, moved)
+    return moved
+
+
+@triton.jit
+def e4m3_codes(value: tl.tensor, step: tl.tensor) -> tl.tensor:
+    """int32 E4M3 codes of value / step for a positive step, as `numerics.floats.e4m3_codes`."""
+    return e4m3_from_f32(tl.div_rn(value, step))

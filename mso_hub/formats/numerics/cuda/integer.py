@@ -74,13 +74,32 @@ def decode_int8(
 
     codes       int8 [rows, cols]
     scale       F32 [rows, groups]; multiplies
-    zero_point  int8 [rows, groups]; None means 0
+    zero_point  int8 or int16 [rows, groups]; None means 0
     group_size  columns per group; None for one scale per row
     returns     `dtype` [rows, cols]
     """
+    _check_codes(codes)
+    return _decode_as(codes, scale, zero_point, None, _UNPACKED, codes.shape[1], group_size, dtype)
+
+
+def decode_indexed(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    g_idx: Tensor,
+    *,
+    group_size: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `decode_int8`, with the group of column k in g_idx[k] (int32 [cols])."""
+    _check_codes(codes)
+    return _decode_as(codes, scale, zero_point, g_idx, _UNPACKED, codes.shape[1], group_size, dtype)
+
+
+def _check_codes(codes: Tensor) -> None:
+    """Refuse anything but a matrix of int8."""
     if codes.dtype != torch.int8 or codes.ndim != 2:
         raise ValueError(f"codes must be an int8 matrix, got {codes.dtype} {list(codes.shape)}")
-    return _decode_as(codes, scale, zero_point, None, _UNPACKED, codes.shape[1], group_size, dtype)
 
 
 def _decode_as(
@@ -131,9 +150,9 @@ def _check_groups(rows: int, cols: int, groups: int, scale: Tensor, zero_point: 
             f"a {rows} x {cols} matrix in {groups} groups needs a float32 scale {[rows, groups]}, "
             f"got {scale.dtype} {list(scale.shape)}"
         )
-    if zero_point is not None and (zero_point.dtype != torch.int8 or zero_point.shape != scale.shape):
+    if zero_point is not None and (zero_point.dtype not in (torch.int8, torch.int16) or zero_point.shape != scale.shape):
         raise ValueError(
-            f"zero_point must be int8 {list(scale.shape)} like the scale, "
+            f"zero_point must be int8 or int16 {list(scale.shape)} like the scale, "
             f"got {zero_point.dtype} {list(zero_point.shape)}"
         )
 

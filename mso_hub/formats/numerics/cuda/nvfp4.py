@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mso_hub.formats.numerics.cuda.floats import (
     EXACT,
-    e4m3_from_f32,
     e4m3_to_f32,
     load_f32,
     loadable,
@@ -22,9 +21,17 @@ from mso_hub.formats.numerics.cuda.floats import (
     scalar,
     store_f32,
 )
+from mso_hub.formats.numerics.cuda.nvfp4_search import (
+    absmax_codes,
+    best_of_nine,
+    best_of_two,
+    e2m1_codes,
+    powers_or_best,
+    settle,
+)
+from mso_hub.formats.numerics.nvfp4_search import SEARCHES
 
 GROUP_SIZE = 16
-SEARCHES = ("absmax",)
 
 _TILE = 128  # blocks
 
@@ -34,7 +41,7 @@ def encode(values: Tensor, global_scale: float, *, search: str = "absmax") -> tu
 
     values        BF16, F16 or F32 [rows, cols], contiguous, finite, cols % 16 == 0
     global_scale  positive float32 multiplier, see `numerics.nvfp4.global_scale`
-    search        "absmax" or "mse"
+    search        "absmax", "mse", "four_over_six" or "power"
     returns       packed U8 [rows, cols/2] (even column in the low nibble), scale U8 [rows, cols/16] (E4M3 bits)
     direction     both scales multiply: code = rne_e2m1(w / (weight_scale * global_scale))
     """
@@ -44,13 +51,15 @@ def encode(values: Tensor, global_scale: float, *, search: str = "absmax") -> tu
         raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
     if not (math.isfinite(global_scale) and global_scale > 0):
         raise ValueError(f"global_scale must be a positive number, got {global_scale}")
+    if search == "power" and math.frexp(global_scale)[0] != 0.5:
+        raise ValueError(f"search power needs a global_scale that is a power of two, got {global_scale}")
     rows, cols = values.shape
     packed = torch.empty((rows, cols // 2), dtype=torch.uint8, device=values.device)
     scale = torch.empty((rows, cols // GROUP_SIZE), dtype=torch.uint8, device=values.device)
     stored = loadable(values)
     if scale.numel():
         grid = (triton.cdiv(scale.numel(), _TILE),)
-        _encode[grid](stored, scalar(global_scale, values), packed, scale, scale.numel(), TILE=_TILE, **EXACT)
+        _encode[grid](stored, scalar(global_scale, values), packed, scale, scale.numel(), SEARCH=SEARCHES.index(search), TILE=_TILE, **EXACT)
     return packed, scale
 
 
@@ -96,38 +105,36 @@ def _decode_as(packed: Tensor, scale: Tensor, factor: float, dtype: torch.dtype,
 
 
 @triton.jit
-def _encode(x: tl.tensor, global_scale: tl.tensor, packed: tl.tensor, scale: tl.tensor, blocks: tl.tensor, TILE: tl.constexpr) -> None:  # noqa: N803
-    """Fill packed [8 * blocks] and scale [blocks] from x [16 * blocks], scales from the block maxima."""
+def _encode(
+    x: tl.tensor,
+    global_scale: tl.tensor,
+    packed: tl.tensor,
+    scale: tl.tensor,
+    blocks: tl.tensor,
+    SEARCH: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+) -> None:
+    """Fill packed [8 * blocks] and scale [blocks] from x [16 * blocks]; SEARCH is a number in SEARCHES."""
     block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     live = block < blocks
     values = load_f32(x + block[:, None] * 16 + tl.arange(0, 16)[None, :], live[:, None])
     g = tl.load(global_scale)
-    codes = absmax_codes(values, g)
+    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered like the magnitudes
+    largest = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+    codes = absmax_codes(largest, g)
+    if SEARCH == 1:
+        codes = best_of_nine(x + block * 16, live, largest, g, codes)
+    if SEARCH == 2:
+        codes = best_of_two(x + block * 16, live, largest, g, codes)
+    if SEARCH == 3:
+        codes = powers_or_best(x + block * 16, live, values, largest, g, codes)
+    q = e2m1_codes(values, (e4m3_to_f32(codes) * g)[:, None])
+    if SEARCH > 0:
+        codes, q = settle(codes, q)
     tl.store(scale + block, codes.to(tl.uint8), mask=live)
-    step = e4m3_to_f32(codes) * g
-    low, high = tl.split(tl.reshape(e2m1_codes(values, step[:, None]), (TILE, 8, 2)))
+    low, high = tl.split(tl.reshape(q, (TILE, 8, 2)))
     byte = (low | (high << 4)).to(tl.uint8)
     tl.store(packed + block[:, None] * 8 + tl.arange(0, 8)[None, :], byte, mask=live[:, None])
-
-
-@triton.jit
-def absmax_codes(values: tl.tensor, global_scale: tl.tensor) -> tl.tensor:
-    """int32 E4M3 codes [n] of amax / (6 * global_scale) for values [n, 16]; a zero block gets 1.0."""
-    magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered like the numbers
-    amax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
-    s = tl.div_rn(amax, 6.0 * global_scale)
-    s = tl.where(s == 0.0, 1.0, s)
-    return e4m3_from_f32(tl.minimum(tl.maximum(s, 0.001953125), 448.0))  # 2**-9
-
-
-@triton.jit
-def e2m1_codes(values: tl.tensor, step: tl.tensor) -> tl.tensor:
-    """int32 E2M1 codes of values / step: a tie goes to the even code, -0.0 is 0, just below zero is 8."""
-    quotient = tl.div_rn(values, step)
-    y = tl.abs(quotient)
-    code = (y > 0.25).to(tl.int32) + (y >= 0.75).to(tl.int32) + (y > 1.25).to(tl.int32)
-    code += (y >= 1.75).to(tl.int32) + (y > 2.5).to(tl.int32) + (y >= 3.5).to(tl.int32) + (y > 5.0).to(tl.int32)
-    return code | ((quotient < 0.0).to(tl.int32) << 3)
 
 
 @triton.jit

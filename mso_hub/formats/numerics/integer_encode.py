@@ -1,0 +1,265 @@
+"""Encode integer weights on the CPU: 2- to 8-bit codes, one scale for a group of columns or for a row.
+
+    w ~= (code - zero_point) * scale         code = rne(clamp(w / scale + zero_point)), in -2**(bits-1) .. 2**(bits-1)-1
+
+                scale                              zero_point
+    symmetric   amax / ((2**bits - 1) / 2)         none
+    else        (max - min) / (2**bits - 1)        rne(-2**(bits-1) - min / scale), where min <= 0 <= max
+
+All arithmetic is float32 with true divisions, by the scale as it will be stored. Codes, scales and zero points of
+"absmax" are those of compressed-tensors 0.20 for F32 weights, but for groups that a scale reproduces exactly or whose
+image two scales share; `integer_search` says how those are chosen. For BF16 and F16 weights compressed-tensors works in
+that dtype, less exactly. `integer` decodes, `reference` is the same arithmetic in plain torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from mso_hub.formats.numerics.floats import PRECISION, Array, amax, flat_bits, load_f16, load_f32, storage
+from mso_hub.formats.numerics.integer import words_per_row
+from mso_hub.formats.numerics.integer_search import (
+    BIG,
+    LANES,
+    best,
+    exact_code,
+    find,
+    grid,
+    image,
+    scale_over,
+    span,
+)
+from mso_hub.formats.numerics.kernel import kernel
+
+SEARCHES = ("absmax", "mse")
+"""How a scale is chosen: from the largest magnitude (or both ends), or by trying several."""
+
+_EPS = {"F32": 2.0**-23, "BF16": 2.0**-7, "F16": 2.0**-10}
+_TILE = 2048  # elements: 8 KiB as float32
+
+
+def encode(
+    values: Array,
+    dtype: str,
+    *,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    scale_dtype: str,
+    search: str = "absmax",
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int8] | None]:
+    """Quantize a matrix in groups of columns.
+
+    values       [rows, cols] finite, held as `floats.storage(dtype)`
+    bits         2 to 8
+    group_size   columns per scale, a divisor of cols; None for one scale per row
+    symmetric    without zero points
+    scale_dtype  BF16, F16 or F32, the dtype in which the scales will be stored
+    search       a group that some scale reproduces exactly gets that scale. Otherwise "absmax": the scale above;
+                 "mse": of that scale and `grid`, the one with the smallest sum of (w - dequantized)**2; the differences
+                 are float32, the sum is float64 in 16 lanes, ties go to the first
+    returns      codes int8 [rows, cols], scale float32 [rows, groups] rounded to scale_dtype, zero_point int8
+                 [rows, groups] or None
+    direction    the scale multiplies: w ~= (code - zero_point) * scale
+    zeros        an all-zero group has the scale that compressed-tensors gives it, the eps of scale_dtype
+    stable       encoding what `integer.decode` gives in `dtype` gives the same codes, scales and zero points again
+    raises       ValueError when cols is no multiple of group_size, or a scale rounds to 0 or to infinity in scale_dtype
+    source       absmax: compressed-tensors 0.20 calculate_qparams and quantize
+    """
+    if values.ndim != 2 or 0 in values.shape or not 2 <= bits <= 8:
+        raise ValueError(f"integers need a matrix and 2 to 8 bits, got {list(values.shape)} and {bits} bits")
+    if search not in SEARCHES:
+        raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    rows, cols = values.shape
+    size = cols if group_size is None else group_size
+    if size < 1 or cols % size:
+        raise ValueError(
+            f"group_size must divide the {cols} columns, got {group_size}; None is one scale for a whole row"
+        )
+    storage(scale_dtype)
+    codes = np.empty((rows, cols), np.int8)
+    scale, zero_point = np.empty((rows, cols // size), np.float32), np.empty((rows, cols // size), np.int8)
+    tried = grid(bits, symmetric=symmetric) if search == "mse" else np.empty(0, np.float32)
+    precisions, eps = (PRECISION[dtype], PRECISION[scale_dtype]), np.float32(_EPS[scale_dtype])
+    bits_in = flat_bits(values, dtype).reshape(rows, cols)
+    bad = _encode(bits_in, bits, symmetric, *precisions, eps, tried, codes, scale, zero_point)
+    if bad >= 0:
+        row, group = divmod(bad, cols // size)
+        part = values[row, group * size : (group + 1) * size]
+        raise ValueError(_message(row, group, np.ascontiguousarray(part), dtype, scale_dtype))
+    return codes, scale, None if symmetric else zero_point
+
+
+def pack(codes: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.int32]:
+    """Pack codes along the columns: one dense bit stream a row, the first code in the lowest bits.
+
+    codes    int8 [rows, cols] in -2**(bits-1) .. 2**(bits-1) - 1, stored plus 2**(bits-1)
+    returns  int32 [rows, ceil(cols * bits / 32)]; unused bits are 0
+    source   compressed-tensors 0.20 pack_to_int32; `integer.unpack(dense=True)` is the inverse
+    """
+    if codes.dtype != np.int8 or codes.ndim != 2:
+        raise ValueError(f"codes must be an int8 matrix, got {codes.dtype} {list(codes.shape)}")
+    packed = np.empty((codes.shape[0], words_per_row(codes.shape[1], bits, dense=True)), np.int32)
+    contiguous = np.ascontiguousarray(codes).view()
+    contiguous.flags.writeable = False
+    _pack(contiguous, bits, packed.view(np.uint32))
+    return packed
+
+
+def pack_zero_point(zero_point: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.int32]:
+    """Pack zero points along the rows.
+
+    zero_point  int8 [rows, groups]; a block of rows begins at a multiple of 32
+    returns     int32 [ceil(rows * bits / 32), groups]
+    source      compressed-tensors 0.20 pack_to_int32 with packed_dim=0; inverse `integer.unpack_zero_point(dense=True)`
+    """
+    return np.ascontiguousarray(pack(np.ascontiguousarray(zero_point.T), bits).T)
+
+
+def _message(row: int, group: int, values: Array, dtype: str, scale_dtype: str) -> str:
+    """What to say of a group whose scale cannot be stored."""
+    largest = amax(values, dtype)
+    return (
+        f"the scale of row {row}, group {group} with amax {largest:.6g} would round to 0 or infinity in {scale_dtype}; "
+        "store the scales in a wider dtype, or keep this weight as it is"
+    )
+
+
+@kernel
+def _load(bits_in: Array, precision: int, x: Array) -> None:
+    """Widen one row of any dtype into x, the uint32 bits of float32."""
+    if precision == 2:
+        load_f16(bits_in, x)
+    else:
+        load_f32(bits_in, x)
+
+
+@kernel
+def _ends(x: Array) -> tuple[np.float32, np.float32]:
+    """Smallest and largest number of x [n] (uint32 bits of finite float32), or 0 where that is beyond.
+
+    Flipping the lower bits of negative numbers makes the order of signed integers that of the numbers.
+    """
+    low, high = np.int32(0), np.int32(0)
+    for i in range(x.size):
+        key = np.int32(x[i])
+        key ^= (key >> np.int32(31)) & np.int32(0x7FFFFFFF)
+        low, high = min(low, key), max(high, key)
+    low ^= (low >> np.int32(31)) & np.int32(0x7FFFFFFF)
+    zero = np.float32(0.0)  # -0.0 + 0.0 is 0.0
+    return np.float32(np.uint32(low).view(np.float32) + zero), np.uint32(high).view(np.float32)
+
+
+@kernel
+def _quantize(x: Array, scale: np.float32, zero_point: np.float32, bits: int, codes: Array) -> None:
+    """Codes [n] int8 of x [n] float32, as `integer_search.code_of`."""
+    lowest = np.float32(-(1 << (bits - 1)))
+    highest = np.float32(-lowest - np.float32(1))
+    for i in range(codes.size):
+        y = np.float32(np.float32(x[i] / scale) + zero_point)
+        y = min(max(y, lowest), highest)
+        codes[i] = np.uint8(np.float32(y + BIG).view(np.uint32) & np.uint32(0xFF))
+
+
+@kernel
+def _quantize_image(
+    x: Array,
+    guess: tuple[np.float32, np.float32],
+    scale: np.float32,
+    zero_point: np.float32,
+    bits: int,
+    precision: int,
+    codes: Array,
+) -> None:
+    """Codes [n] int8 that reproduce x [n], or its image under `guess` if that has a scale."""
+    for i in range(codes.size):
+        v = x[i]
+        if guess[0] > 0:
+            v = image(v, guess[0], guess[1], bits, precision)
+        codes[i] = np.uint8(np.int32(exact_code(v, scale, zero_point, bits, precision)) & 0xFF)
+
+
+@kernel
+def _encode(
+    bits_in: Array,
+    bits: int,
+    symmetric: bool,
+    precision: int,
+    scale_precision: int,
+    eps: np.float32,
+    tried: Array,
+    codes: Array,
+    scale: Array,
+    zero_point: Array,
+) -> int:
+    """Fill codes [rows, cols], scale and zero_point [rows, groups] from bits_in [rows, cols], row by row.
+
+    Returns the number of the first group whose scale cannot be stored, counted through all rows, or -1.
+    """
+    rows, groups = scale.shape
+    size = bits_in.shape[1] // groups
+    x = np.empty(bits_in.shape[1], np.uint32)
+    padded = np.zeros(-(-size // LANES) * LANES, np.float32)
+    errors, lanes = np.empty(_TILE, np.float32), np.empty(LANES, np.float64)
+    nothing = (np.float32(0.0), np.float32(0.0))
+    certain = precision != 1 or bits < 8 or symmetric
+    options = (bits, symmetric, precision, scale_precision)
+    for row in range(rows):
+        _load(bits_in[row], precision, x)
+        for group in range(groups):
+            begin, end = group * size, (group + 1) * size
+            low, high = _ends(x[begin:end])
+            part, to = x[begin:end].view(np.float32), codes[row, begin:end].view(np.uint8)
+            if low == 0 and high == 0:
+                to[:] = 0
+                scale[row, group], zero_point[row, group] = eps, 0
+                continue
+            guess, chosen = nothing, find(part, low, high, *options, nothing)
+            if chosen[0] == 0:
+                if tried.size:
+                    padded[:size] = part
+                    guess = best(padded, low, high, *options, tried, errors, lanes)
+                else:
+                    guess = scale_over(span(low, high, np.float32((1 << bits) - 1), symmetric), low, *options)
+                if guess[0] == 0:
+                    return row * groups + group
+                down, up = image(low, *guess, bits, precision), image(high, *guess, bits, precision)
+                chosen = find(part, down, up, *options, guess)
+            if chosen[0] == 0 or (chosen == guess and certain):
+                chosen = guess
+                _quantize(part, guess[0], guess[1], bits, to)
+            else:
+                _quantize_image(part, guess, chosen[0], chosen[1], bits, precision, to)
+            scale[row, group], zero_point[row, group] = chosen[0], np.int8(chosen[1])
+    return -1
+
+
+@kernel
+def _pack(codes: Array, bits: int, packed: Array) -> None:
+    """Fill packed [rows, words] uint32 with the codes [rows, cols] plus 2**(bits-1), lowest bits first."""
+    cols = codes.shape[1]
+    flip = np.uint8(1 << (bits - 1))  # flipping the top bit of a code adds 2**(bits-1)
+    for r in range(codes.shape[0]):
+        source, words = codes[r].view(np.uint8), packed[r]
+        words[words.size - 1] = 0
+        octets = words.view(np.uint8)
+        if bits == 8:
+            for k in range(cols):
+                octets[k] = source[k] ^ flip
+            continue
+        if bits == 4:
+            for k in range(cols // 2):
+                octets[k] = ((source[2 * k] ^ flip) & np.uint8(0xF)) | ((source[2 * k + 1] ^ flip) << np.uint8(4))
+            if cols % 2:
+                octets[cols // 2] = (source[cols - 1] ^ flip) & np.uint8(0xF)
+            continue
+        held, count, word = np.uint64(0), 0, 0
+        for k in range(cols):
+            held |= np.uint64((source[k] ^ flip) & np.uint8((1 << bits) - 1)) << np.uint64(count)
+            count += bits
+            if count >= 32:
+                words[word] = np.uint32(held & np.uint64(0xFFFFFFFF))
+                held, count, word = held >> np.uint64(32), count - 32, word + 1
+        if count:
+            words[word] = np.uint32(held)

@@ -1,0 +1,76 @@
+"""What a quantization_config announces for a module, as vLLM's loaders understand it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from mso_hub.formats.dialects import compressed_tensors, modelopt
+
+LISTS = ("ignore", "exclude_modules", "modules_to_not_convert")
+"""Names of the list of modules that stay: compressed-tensors and ModelOpt, older ModelOpt, fp8."""
+
+
+def entries(config: Mapping[str, Any]) -> list[str]:
+    """Modules that a config says stay dense."""
+    found = next((config[key] for key in LISTS if isinstance(config.get(key), list)), [])
+    return [entry for entry in found if isinstance(entry, str)]
+
+
+def compiled(entry: str) -> re.Pattern[str] | None:
+    """A `re:` entry, None when it is not a regular expression."""
+    try:
+        return re.compile(entry.removeprefix("re:"))
+    except (re.error, OverflowError, RecursionError):
+        return None
+
+
+def ignored_by(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Does the ignore list of a quantization_config cover a module, as vLLM decides it?
+
+    compressed-tensors entries match exactly or as `re:` patterns, those of fp8 exactly, ModelOpt's as globs and as
+    substrings.
+    """
+    listed = entries(config)
+    method = config.get("quant_method")
+    if method == "modelopt":
+        globs = [e for e in listed if any(c in e for c in "*?[")]
+        return lambda module: any(e in module for e in listed) or any(fnmatchcase(module, e) for e in globs)
+    names = set(listed)
+    patterns = [p for p in map(compiled, (e for e in listed if e.startswith("re:"))) if p is not None]
+    return lambda module: module in names or any(p.match(module) for p in patterns)
+
+
+def expects_packed(config: Mapping[str, Any], module: str) -> bool:
+    """Does a loader expect a linear module that is not ignored to be packed?"""
+    if config.get("quant_method") == "compressed-tensors":
+        return compressed_tensors.group_of(config, module) is not None
+    if config.get("quant_method") == "modelopt":
+        return modelopt.algorithm(config, module) is not None
+    return True
+
+
+def needs_input_scale(config: Mapping[str, Any], module: str) -> bool:
+    """Does a loader read an activation scale for a module?"""
+    if config.get("quant_method") == "compressed-tensors":
+        group = compressed_tensors.group_of(config, module)
+        inputs = group.get("input_activations") if group is not None else None
+        return isinstance(inputs, dict) and inputs.get("dynamic") in (False, "local", None)
+    if config.get("quant_method") == "modelopt":
+        return modelopt.algorithm(config, module) in ("FP8", "NVFP4")
+    return config.get("activation_scheme") == "static"
+
+
+def activation_bits(config: Mapping[str, Any], module: str) -> int:
+    """Bits of an activation that is multiplied with a module's weight; 16 stands for all that is not quantized."""
+    if config.get("quant_method") == "compressed-tensors":
+        group = compressed_tensors.group_of(config, module)
+        inputs = group.get("input_activations") if group is not None else None
+        bits = inputs.get("num_bits") if isinstance(inputs, dict) else None
+        return bits if isinstance(bits, int) and 0 < bits < 16 else 16
+    if config.get("quant_method") == "modelopt":
+        algo = modelopt.algorithm(config, module) or ""
+        return 4 if algo == "NVFP4" else 8 if algo.startswith(("FP8", "MXFP8")) else 16
+    return 8 if config.get("quant_method") == "fp8" else 16

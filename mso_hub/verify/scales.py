@@ -1,0 +1,85 @@
+"""Scales of a checkpoint: finite, positive, the same where engines keep one for several weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from mso_hub.checkpoint import DTYPE_BITS
+from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.weight import FLOAT_DTYPES, NUMPY, Weight, read_rows
+from mso_hub.plan.fusion import unit_of, units
+from mso_hub.verify.opened import Opened
+
+CHUNK = 8 << 20
+
+
+def global_scale(mine: Opened, weight: Weight) -> float:
+    """The F32 global scale of an NVFP4 weight as it is stored."""
+    return float(read_rows(mine.source.read, weight.parts["global"]).reshape(-1)[0])
+
+
+def check_scales(mine: Opened) -> tuple[int, list[str]]:
+    """Global and activation scales finite, positive, equal within every fused unit; block scales without NaN."""
+    packed = {n.removesuffix(".weight"): w for n, w in mine.weights.items() if isinstance(w.decoder, Nvfp4Decoder)}
+    scales = {module: global_scale(mine, weight) for module, weight in packed.items()}
+    inputs = _input_scales(mine)
+    problems = [
+        f"{module}: the {kind} scale must be finite and > 0, found {scale}"
+        for kind, values in (("global", scales), ("activation", inputs))
+        for module, scale in values.items() if not 0 < scale < math.inf
+    ]  # fmt: skip
+    for weight in (w for w in mine.weights.values() if "scale" in w.parts):
+        problems += _block_scales(mine, weight)
+    shared = units(packed)
+    for key, members in shared.items():
+        for kind, values in (("global", scales), ("activation", inputs)):
+            if len({values[m] for m in members if m in values}) > 1:
+                listed = ", ".join(f"{m.rpartition('.')[2]} {values[m]:.6g}" for m in members if m in values)
+                problems.append(f"{key}: engines keep one {kind} scale for all members, found {listed}")
+    return len(shared), problems + list(_lonely(packed))
+
+
+def _block_scales(mine: Opened, weight: Weight) -> Iterator[str]:
+    """A sentence where a scale of a weight is NaN, infinite or, as a plain number, not positive."""
+    from mso_hub.formats.numerics.floats import widen
+
+    info = weight.parts["scale"]
+    item = max(1, DTYPE_BITS[info.dtype] // 8)
+    for begin in range(info.begin, info.end, CHUNK):
+        bits = mine.source.read(info.file, begin, min(begin + CHUNK, info.end))
+        if info.dtype == "F8_E4M3" and np.any((bits & 0x7F) == 0x7F):
+            yield f"{weight.module}: a block scale is NaN"
+            return
+        if info.dtype in ("U8", "F8_E8M0") and np.any(bits == 0xFF):
+            yield f"{weight.module}: a block scale is NaN"
+            return
+        if info.dtype in FLOAT_DTYPES and bits.nbytes % item == 0:
+            scale = widen(bits.view(NUMPY[info.dtype]), info.dtype)
+            if not np.all(np.isfinite(scale)):
+                yield f"{weight.module}: a scale is not finite"
+                return
+
+
+def _input_scales(mine: Opened) -> dict[str, float]:
+    """Module -> stored activation scale, in the layout's own direction."""
+    infos = {info.name: info for shard in mine.checkpoint.shards.values() for info in shard.tensors}
+    found = {}
+    for name in mine.runtime_scales:
+        module, _, suffix = name.rpartition(".")
+        if suffix in ("input_scale", "input_global_scale") and infos[name].dtype == "F32" and infos[name].nbytes == 4:
+            found[module] = float(read_rows(mine.source.read, infos[name]).reshape(-1)[0])
+    return found
+
+
+def _lonely(modules: Iterable[str]) -> Iterator[str]:
+    """Halves of gate/up pairs whose other half is missing, where other layers have both."""
+    pairs: dict[str, list[str]] = {}
+    for module in modules:
+        key = unit_of(module)
+        if key is not None and key.endswith(("gate_up_proj", "w13")):
+            pairs.setdefault(key, []).append(module)
+    if any(len(members) > 1 for members in pairs.values()):
+        yield from (f"{m[0]}: its partner is missing, other layers have both" for m in pairs.values() if len(m) == 1)
