@@ -79,8 +79,8 @@ def main() -> None:
     """Quantize, decompress and check LLM checkpoints, tensor by tensor, without loading the model."""
 
 
-def execute(options: dict[str, Any], recipe: Recipe, choice: Choice | None = None) -> None:
-    """One conversion with progress and a closing line."""
+def execute(options: dict[str, Any], recipe: Recipe) -> None:
+    """One conversion with progress and a closing line; `choice` among the options says how the recipe was made."""
     from mso_hub.engine import ThreadEngine
     from mso_hub.hub import looks_like_repo
     from mso_hub.legacy import check_hardware
@@ -89,6 +89,7 @@ def execute(options: dict[str, Any], recipe: Recipe, choice: Choice | None = Non
     from mso_hub.sink import open_sink
 
     check_hardware(options["device"], options["num_gpus"])
+    choice: Choice | None = options.get("choice")
     engine = ThreadEngine(options["workers"], read_size(options["memory_budget"]))
     show: Listener = listener("none" if options["quiet"] else options["progress"])
     target = hub_target(options, recipe)
@@ -135,7 +136,7 @@ def quantize(calibrate: bool, calib_size: int | None, calib_dataset: str | None,
         )
     recipe = build_recipe(options)
     choice = choose(options, recipe)
-    execute(options, choice.recipe if choice else recipe, choice)
+    execute({**options, "choice": choice}, choice.recipe if choice else recipe)
 
 
 @main.command()

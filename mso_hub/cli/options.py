@@ -229,7 +229,8 @@ def _said(options: dict[str, Any]) -> dict[str, Any]:
 def _refuse_rule_options(options: dict[str, Any], recipe: str) -> None:
     """RecipeError for an option that contradicts the rules of a recipe."""
     for name in RULE_OPTIONS:
-        if options[name] is not None and options[name] not in (False, ()):
+        flag_is_off = name in ("mlp_only", "all_linear") and not options[name]
+        if options[name] is not None and options[name] != () and not flag_is_off:
             flag = "--symmetric and --asymmetric" if name == "symmetric" else f"--{name}"
             raise RecipeError(
                 f"{flag}: {recipe} says this in its rules; keep one of them (`mso-hub formats --presets NAME` prints a "

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mso_hub.checkpoint import Array, TensorInfo
+from mso_hub.engine.distance import widened
 from mso_hub.errors import RecipeError
 from mso_hub.formats import Format, Scheme
-
-NUMBERS = 1 << 15
-"""Numbers that are compared at once: their float64 squares stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ class Probe(Format):
         A row's numbers depend on that row alone, however many are measured at once.
         """
         energy = np.empty(len(values))
-        for rows, numbers in _widened(values, dtype):
+        for rows, numbers in widened(values, dtype):
             energy[rows] = np.square(numbers, dtype=np.float64).sum(axis=1)
         return energy, *(self._measure(form, values, dtype, dense, amax) for form in self.candidates.values())
 
@@ -79,7 +77,7 @@ class Probe(Format):
             after = form.decode(form.encode(values, dtype, stored, amax), values.shape[1], stored, amax)
         except ValueError:
             return found
-        for rows, numbers in _widened(values, dtype):
+        for rows, numbers in widened(values, dtype):
             difference = np.abs(after[rows] - numbers).astype(np.float64)
             found[rows, 0] = np.square(difference).sum(axis=1)
             found[rows, 1] = difference.max(axis=1, initial=0)
@@ -93,13 +91,3 @@ class Probe(Format):
     def group(self) -> Mapping[str, Any]:
         """No config can name it: RecipeError."""
         raise RecipeError(f"{self.name} measures {', '.join(self.candidates)} and has no name in a config")
-
-
-def _widened(values: Array, dtype: str) -> Iterator[tuple[slice, Array]]:
-    """Some rows at a time, as F32."""
-    from mso_hub.formats.numerics.floats import widen
-
-    height = max(1, NUMBERS // max(1, values.shape[1]))
-    for start in range(0, len(values), height):
-        rows = slice(start, start + height)
-        yield rows, widen(values[rows], dtype)

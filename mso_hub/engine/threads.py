@@ -10,6 +10,7 @@ so the number of threads never shows in the bytes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping, Sequence
@@ -189,6 +190,8 @@ class _Run:
     ) -> Iterator[Piece]:
         arrays, distance = future.result()
         scalars: tuple[Array, ...] = ()
+        if step.scale_of is not None:
+            self._check_copied(step, arrays[0])
         if last:
             scalars = step.format.scalars(step.weight.shape, amax) if step.format is not None else ()
             scalars += tuple(np.array([value], np.float32) for value in step.extras)
@@ -197,6 +200,21 @@ class _Run:
             if at < row_wise or last:
                 final = last and at + 1 == row_wise + len(scalars)
                 yield Piece(shard, step, step.outputs[at], data, final, None if at else distance)
+
+    def _check_copied(self, step: Step, value: Array) -> None:
+        """A scale that is copied must be a number, and the one that its partners have."""
+        from mso_hub.formats.numerics.floats import widen
+
+        name, key = step.weight.name, f"{step.scale_of}: copied scale"
+        scale = float(widen(value, step.weight.dtype).reshape(-1)[0])
+        if not 0 < scale < float("inf"):
+            raise CheckpointError(f"{name}: the scale must be finite and > 0, found {scale}; the checkpoint is damaged")
+        noted = self._notes.setdefault(key, scale)
+        if noted != scale:
+            raise CheckpointError(
+                f"{name}: engines keep one scale for {step.scale_of}, found {scale:.9g} here and {noted:.9g} in a "
+                "partner; decompress the checkpoint and quantize the result"
+            )
 
     def _finish(self, step: Step, block: Block, held: tuple[Array, str] | None, amax: float) -> _Encoded:
         """One block from stored bytes (or held numbers) to output rows."""
@@ -354,7 +372,8 @@ def _require_finite(weight: Weight, values: Array, dtype: str, first_row: int) -
     at = floats.first_nonfinite(values, dtype)
     if at is None:
         return
-    row, column = first_row + at // weight.shape[1], at % weight.shape[1]
+    width = math.prod(weight.shape[1:])
+    row, column = first_row + at // width, at % width
     found = floats.widen(values.reshape(-1)[at : at + 1], dtype)[0]
     place = f"found {found} at row {row}, column {column}"
     if weight.decoder is None:

@@ -49,9 +49,15 @@ DENSE = "bf16"
 
 READABLE: dict[str, str] = {
     "dense": "BF16, FP16, FP32",
+    "FP8": "E4M3, a scale for a tensor, row, group or block, F32 to E8M0: compressed-tensors, ModelOpt, DeepSeek",
+    "MXFP8": "compressed-tensors, ModelOpt",
+    "MXFP4": "compressed-tensors, ModelOpt, DeepSeek-V4 experts, gpt-oss",
+    "NVFP4": "compressed-tensors, ModelOpt (also behind a smoothing scale: NVFP4_AWQ), W4A16 and W4A4",
     "pack-quantized": "compressed-tensors INT2 to INT8: group or channel, symmetric or asymmetric, g_idx",
-    "nvfp4-pack-quantized": "compressed-tensors NVFP4, W4A16 and W4A4",
-    "modelopt NVFP4": "ModelOpt NVFP4, W4A16 and W4A4",
+    "int-quantized": "compressed-tensors INT8 (also naive-quantized): tensor, channel or group, zero points",
+    "ModelOpt INT": "W8A16, W8A8_SQ_PER_CHANNEL, W4A16_AWQ, smoothing scales included",
+    "AWQ": "AutoAWQ GEMM, 4 bits, also as AutoRound writes it",
+    "GPTQ": "2, 3, 4 and 8 bits, v1 and v2, act-order, also as AutoRound writes it",
 }
 """Formats of a source that can be decoded, for `mso-hub formats` and the README."""
 

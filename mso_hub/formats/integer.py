@@ -24,16 +24,13 @@ CHANNEL = 0
 """The group size that means one scale for a whole row."""
 _LOADERS = {"compressed-tensors": "vLLM"}
 _REFUSALS = {"modelopt": "no runtime loads integer weights in ModelOpt's layout"}
-_SEARCHES = ("absmax", "mse")
 
+_SIZES = (128, 64, 32, CHANNEL)
+_WEIGHT_ONLY = {"compressed-tensors": (16,)}
 INTEGER_CHOICES = {
-    "w4a16": Choices(
-        _LOADERS, {"compressed-tensors": (16,)}, _SEARCHES, (128, 64, 32, CHANNEL), asymmetric=True, refusals=_REFUSALS
-    ),
-    "w8a16": Choices(
-        _LOADERS, {"compressed-tensors": (16,)}, _SEARCHES, (128, 64, 32, CHANNEL), asymmetric=True, refusals=_REFUSALS
-    ),
-    "int8": Choices(_LOADERS, {"compressed-tensors": (8,)}, _SEARCHES, refusals=_REFUSALS),
+    "w4a16": Choices(_LOADERS, _WEIGHT_ONLY, ("mse", "absmax"), _SIZES, asymmetric=True, refusals=_REFUSALS),
+    "w8a16": Choices(_LOADERS, _WEIGHT_ONLY, ("absmax", "mse"), _SIZES, asymmetric=True, refusals=_REFUSALS),
+    "int8": Choices(_LOADERS, {"compressed-tensors": (8,)}, ("absmax", "mse"), refusals=_REFUSALS),
 }
 
 

@@ -18,19 +18,18 @@ from mso_hub.formats.dialects.compressed_tensors import arguments
 from mso_hub.formats.scheme import Choices, Format, Scheme
 
 GROUP_SIZE = 32
-_SEARCHES = ("absmax", "mse")
 
 MX_CHOICES = {
     "mxfp4": Choices(
         {"compressed-tensors": "vLLM"},
         {"compressed-tensors": (16, 8, 4)},
-        _SEARCHES,
+        ("mse", "absmax"),
         refusals={"modelopt": "no runtime loads MXFP4 in ModelOpt's layout"},
     ),
     "mxfp8": Choices(
         {"compressed-tensors": "vLLM", "modelopt": "vLLM"},
         {"compressed-tensors": (8, 16), "modelopt": (8,)},
-        _SEARCHES,
+        ("absmax",),
     ),
 }
 
@@ -79,7 +78,7 @@ class Mx(Format):
 
         if self.name == "mxfp4":
             return mx.encode_mxfp4(values, dtype, search=self.search)
-        return mx.encode_mxfp8(values, dtype, rule=self.layout, search=self.search)
+        return mx.encode_mxfp8(values, dtype)
 
     def decode(self, arrays: tuple[Array, ...], columns: int, dense: str, amax: float) -> Array:
         """F32 [r, K]."""

@@ -31,7 +31,7 @@ _NO_FP8 = "no runtime loads NVFP4 weights with FP8 activations; mxfp4 with --act
 NVFP4_CHOICES = Choices(
     {"compressed-tensors": "vLLM", "modelopt": "vLLM, TensorRT-LLM"},
     {"compressed-tensors": (16, 4), "modelopt": (16, 4)},
-    ("absmax", "mse", "four_over_six"),
+    ("mse", "absmax", "four_over_six"),
     refusals={"activations 8": _NO_FP8},
 )
 

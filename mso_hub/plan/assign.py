@@ -250,8 +250,9 @@ def exact_recipe(recipe: Recipe, chosen: Mapping[Scheme, Sequence[str]], modules
     modules  everything that a rule could cover, the chosen ones and those that stay
     """
     everything = sorted({*modules, *(m for members in chosen.values() for m in members)})
+    default = all(rule.default_ignore for rule in recipe.all_rules)
     rules = tuple(
-        Rule(scheme, tuple(dict.fromkeys(_targets(members, everything))))
+        Rule(scheme, tuple(dict.fromkeys(_targets(members, everything))), default_ignore=default)
         for scheme, members in chosen.items()
         if members
     )

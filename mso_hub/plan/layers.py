@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mso_hub.errors import RecipeError
 
-SPAN = re.compile(r"(?P<first>-?\d{1,6})(-(?P<last>-?\d{1,6}))?")
+SPAN = re.compile(r"(?P<first>-?[0-9]{1,6})(-(?P<last>-?[0-9]{1,6}))?")
 EXAMPLES = '0, "0-3" or -1 (the last one)'
 
 

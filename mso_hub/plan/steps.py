@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ class Step:
     format   its encoder; None when it is copied or decoded
     unit     key into Plan.units when its scale comes from the largest magnitude of the unit
     extras   numbers written beside it: activation scale, KV-cache scale
+    scale_of unit whose members must all have this copied scale
     """
 
     weight: Weight
@@ -32,6 +34,7 @@ class Step:
     format: Format | None = None
     unit: str | None = None
     extras: tuple[float, ...] = ()
+    scale_of: str | None = None
 
     @property
     def dense(self) -> str:
@@ -50,8 +53,12 @@ class Step:
 
 
 def scale_dtype(weight: Weight, form: Format | None) -> str:
-    """Dtype to which scales are rounded: the weight's, or F32 where a packed source may have such scales itself."""
-    return "F32" if form is not None and form.wide_scales and is_packed(weight) else weight.dtype
+    """Dtype to which scales are rounded: the weight's.
+
+    F32 where loaders take it and a packed source may have such scales itself, or F16 would be too narrow for them.
+    """
+    wide = form is not None and form.wide_scales and (is_packed(weight) or weight.dtype == "F16")
+    return "F32" if wide else weight.dtype
 
 
 def is_packed(weight: Weight) -> bool:
@@ -127,9 +134,10 @@ class Stepper:
         """One step per output weight, in the order in which the source stores them."""
         kept = self._selection.kept
         self._renamed = {_stored_module(w): w.module for w in weights}
-        found = [self._with_kv(Step(w, (_decoded(w),))) for w in weights if w.module in kept]
+        found = [self._with_kv(Step(w, (_decoded(w),)), w.module) for w in weights if w.module in kept]
         for weight in self._selection.chosen:
-            found += [self._with_kv(step) for step in self._chosen(weight)]
+            first, *others = self._chosen(weight)
+            found += [self._with_kv(first, weight.module), *others]
         found += self._kept_scales()
         return sorted(found, key=lambda step: (step.weight.home.file, step.weight.home.begin, step.weight.name))
 
@@ -153,7 +161,8 @@ class Stepper:
         if self._stays_packed(weight):
             for info in weight.parts.values():
                 dense = Weight(info.name, info.dtype, info.shape, {"weight": info})
-                yield Step(dense, (_named(info, module), *outputs), extras=extras)
+                shared = self._unit_of[module] if form.shares and math.prod(info.shape) == 1 else None
+                yield Step(dense, (_named(info, module), *outputs), extras=extras, scale_of=shared)
                 outputs, extras = (), ()
             return
         unit = self._unit_of[module] if form.shares else None
@@ -176,9 +185,9 @@ class Stepper:
         members = self._selection.units[self._unit_of[weight.module]] if form.shares else (weight,)
         return all(stays_packed(w, form) for w in members)
 
-    def _with_kv(self, step: Step) -> Step:
-        """The step with the KV-cache scales that are given for its module."""
-        found = self._kv.pop(step.weight.module, None)
+    def _with_kv(self, step: Step, module: str) -> Step:
+        """The first step of a module with the KV-cache scales that are given for it."""
+        found = self._kv.pop(module, None)
         if found is None:
             return step
         infos, values = found

@@ -112,8 +112,9 @@ def mxfp8(stored: Stored) -> Built:
 
 def has_mx_scale(stored: Stored) -> bool:
     """Is there one exponent for 32 columns of each row? E8M0 is also what DeepSeek has for blocks."""
-    codes, scale = stored.parts["codes"].shape, stored.parts["scale"].shape
-    return len(codes) == 2 and scale == (codes[0], -(-codes[1] // GROUP_SIZE)) and scale != (1, 1)
+    codes, scale = stored.parts["codes"].shape, stored.parts["scale"]
+    one = scale.shape == (1, 1) and scale.dtype != "U8"
+    return len(codes) == 2 and scale.shape == (codes[0], -(-codes[1] // GROUP_SIZE)) and not one
 
 
 def gpt_oss(stored: Stored) -> Built:

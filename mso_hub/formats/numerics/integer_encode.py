@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mso_hub.formats.numerics.floats import PRECISION, Array, amax, flat_bits, load_f16, load_f32, storage
+from mso_hub.formats.numerics.floats import PRECISION, Array, amax, flat_bits, load_f16, load_f32, round_f32, storage
 from mso_hub.formats.numerics.integer import words_per_row
 from mso_hub.formats.numerics.integer_search import (
     BIG,
@@ -26,7 +26,7 @@ from mso_hub.formats.numerics.integer_search import (
     exact_code,
     find,
     grid,
-    image,
+    is_certain,
     scale_over,
     span,
 )
@@ -36,7 +36,6 @@ SEARCHES = ("absmax", "mse")
 """How a scale is chosen: from the largest magnitude (or both ends), or by trying several."""
 
 _EPS = {"F32": 2.0**-23, "BF16": 2.0**-7, "F16": 2.0**-10}
-_TILE = 2048  # elements: 8 KiB as float32
 
 
 def encode(
@@ -136,48 +135,75 @@ def _load(bits_in: Array, precision: int, x: Array) -> None:
 
 
 @kernel
-def _ends(x: Array) -> tuple[np.float32, np.float32]:
-    """Smallest and largest number of x [n] (uint32 bits of finite float32), or 0 where that is beyond.
+def _ends(x: Array) -> tuple[np.float32, np.float32, np.float32]:
+    """Smallest and largest number of x [n] (uint32 bits of finite float32), or 0 where that is beyond; the smallest
+    magnitude but 0.
 
-    Flipping the lower bits of negative numbers makes the order of signed integers that of the numbers.
+    Flipping the lower bits of negative numbers makes the order of signed integers that of the numbers. 0 - 1 is the
+    largest unsigned integer.
     """
-    low, high = np.int32(0), np.int32(0)
-    for i in range(x.size):
+    low, high, least = np.int32(0), np.int32(0), np.uint32(0xFFFFFFFF)
+    whole = x.size // LANES * LANES
+    for start in range(0, whole, LANES):
+        for j in range(LANES):
+            key = np.int32(x[start + j])
+            key ^= (key >> np.int32(31)) & np.int32(0x7FFFFFFF)
+            low, high = min(low, key), max(high, key)
+            least = min(least, np.uint32(np.uint32(x[start + j] & np.uint32(0x7FFFFFFF)) - np.uint32(1)))
+    for i in range(whole, x.size):
         key = np.int32(x[i])
         key ^= (key >> np.int32(31)) & np.int32(0x7FFFFFFF)
         low, high = min(low, key), max(high, key)
+        least = min(least, np.uint32(np.uint32(x[i] & np.uint32(0x7FFFFFFF)) - np.uint32(1)))
     low ^= (low >> np.int32(31)) & np.int32(0x7FFFFFFF)
-    zero = np.float32(0.0)  # -0.0 + 0.0 is 0.0
-    return np.float32(np.uint32(low).view(np.float32) + zero), np.uint32(high).view(np.float32)
+    down = np.float32(np.uint32(low).view(np.float32) + np.float32(0.0))  # -0.0 + 0.0 is 0.0
+    return down, np.uint32(high).view(np.float32), np.uint32(least + np.uint32(1)).view(np.float32)
 
 
 @kernel
 def _quantize(x: Array, scale: np.float32, zero_point: np.float32, bits: int, codes: Array) -> None:
-    """Codes [n] int8 of x [n] float32, as `integer_search.code_of`."""
+    """Codes [n] uint8 (bits of int8) of x [n] float32, as `integer_search.code_of`."""
     lowest = np.float32(-(1 << (bits - 1)))
     highest = np.float32(-lowest - np.float32(1))
-    for i in range(codes.size):
+    whole = x.size // LANES * LANES
+    for start in range(0, whole, LANES):
+        for j in range(LANES):
+            y = np.float32(np.float32(x[start + j] / scale) + zero_point)
+            u = np.float32(min(max(y, lowest), highest) + BIG).view(np.uint32)
+            codes[start + j] = np.uint8(u & np.uint32(0xFF))
+    for i in range(whole, x.size):
         y = np.float32(np.float32(x[i] / scale) + zero_point)
-        y = min(max(y, lowest), highest)
-        codes[i] = np.uint8(np.float32(y + BIG).view(np.uint32) & np.uint32(0xFF))
+        codes[i] = np.uint8(np.float32(min(max(y, lowest), highest) + BIG).view(np.uint32) & np.uint32(0xFF))
 
 
 @kernel
-def _quantize_image(
-    x: Array,
-    guess: tuple[np.float32, np.float32],
-    scale: np.float32,
-    zero_point: np.float32,
-    bits: int,
-    precision: int,
-    codes: Array,
-) -> None:
-    """Codes [n] int8 that reproduce x [n], or its image under `guess` if that has a scale."""
+def _decode(codes: Array, scale: np.float32, zero_point: np.float32, precision: int, y: Array) -> None:
+    """Image y [n] float32 of codes [n] uint8 (bits of int8)."""
+    whole = y.size // LANES * LANES
+    for start in range(0, whole, LANES):
+        for j in range(LANES):
+            y[start + j] = np.float32(np.float32(np.int8(codes[start + j])) - zero_point) * scale
+    for i in range(whole, y.size):
+        y[i] = np.float32(np.float32(np.int8(codes[i])) - zero_point) * scale
+    if precision == 2:
+        for i in range(y.size):
+            y[i] = round_f32(y[i], precision)
+    if precision == 1:
+        u = y.view(np.uint32)
+        for start in range(0, whole, LANES):
+            for j in range(LANES):
+                v = u[start + j]
+                even = np.uint32(v >> np.uint32(16)) & np.uint32(1)
+                u[start + j] = np.uint32(v + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF0000)
+        for i in range(whole, y.size):
+            y[i] = round_f32(y[i], precision)
+
+
+@kernel
+def _exact_codes(y: Array, scale: np.float32, zero_point: np.float32, bits: int, precision: int, codes: Array) -> None:
+    """Codes [n] uint8 (bits of int8) that are decoded to y [n]."""
     for i in range(codes.size):
-        v = x[i]
-        if guess[0] > 0:
-            v = image(v, guess[0], guess[1], bits, precision)
-        codes[i] = np.uint8(np.int32(exact_code(v, scale, zero_point, bits, precision)) & 0xFF)
+        codes[i] = np.uint8(np.int32(exact_code(y[i], scale, zero_point, bits, precision)) & 0xFF)
 
 
 @kernel
@@ -197,40 +223,41 @@ def _encode(
 
     Returns the number of the first group whose scale cannot be stored, counted through all rows, or -1.
     """
-    rows, groups = scale.shape
+    groups = scale.shape[1]
     size = bits_in.shape[1] // groups
-    x = np.empty(bits_in.shape[1], np.uint32)
-    padded = np.zeros(-(-size // LANES) * LANES, np.float32)
-    errors, lanes = np.empty(_TILE, np.float32), np.empty(LANES, np.float64)
+    x, y = np.empty(bits_in.shape[1], np.uint32), np.empty(size, np.float32)
+    padded, lanes = np.zeros(-(-size // LANES) * LANES, np.float32), np.empty(LANES, np.float64)
     nothing = (np.float32(0.0), np.float32(0.0))
-    certain = precision != 1 or bits < 8 or symmetric
+    certain = is_certain(bits, symmetric, precision)
     options = (bits, symmetric, precision, scale_precision)
-    for row in range(rows):
+    for row in range(bits_in.shape[0]):
         _load(bits_in[row], precision, x)
         for group in range(groups):
             begin, end = group * size, (group + 1) * size
-            low, high = _ends(x[begin:end])
             part, to = x[begin:end].view(np.float32), codes[row, begin:end].view(np.uint8)
-            if low == 0 and high == 0:
+            ends = _ends(x[begin:end])
+            if ends[0] == 0 and ends[1] == 0:
                 to[:] = 0
                 scale[row, group], zero_point[row, group] = eps, 0
                 continue
-            guess, chosen = nothing, find(part, low, high, *options, nothing)
-            if chosen[0] == 0:
+            chosen = find(part, ends, *options, nothing)
+            if chosen[0] > 0:
+                _exact_codes(part, chosen[0], chosen[1], bits, precision, to)
+            else:
                 if tried.size:
                     padded[:size] = part
-                    guess = best(padded, low, high, *options, tried, errors, lanes)
+                    guess = best(padded, ends, *options, tried, lanes)
                 else:
-                    guess = scale_over(span(low, high, np.float32((1 << bits) - 1), symmetric), low, *options)
+                    guess = scale_over(span(ends[0], ends[1], bits, symmetric), ends[0], *options)
                 if guess[0] == 0:
                     return row * groups + group
-                down, up = image(low, *guess, bits, precision), image(high, *guess, bits, precision)
-                chosen = find(part, down, up, *options, guess)
-            if chosen[0] == 0 or (chosen == guess and certain):
-                chosen = guess
                 _quantize(part, guess[0], guess[1], bits, to)
-            else:
-                _quantize_image(part, guess, chosen[0], chosen[1], bits, precision, to)
+                _decode(to, guess[0], guess[1], precision, y)
+                chosen = find(y, _ends(y.view(np.uint32)), *options, guess)
+                if chosen[0] == 0:
+                    chosen = guess
+                elif chosen != guess or not certain:
+                    _exact_codes(y, chosen[0], chosen[1], bits, precision, to)
             scale[row, group], zero_point[row, group] = chosen[0], np.int8(chosen[1])
     return -1
 

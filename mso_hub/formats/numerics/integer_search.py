@@ -70,12 +70,17 @@ def is_positive(scale: np.float32) -> bool:
 
 
 @kernel
+def rint(value: np.float32) -> np.float32:
+    """Nearest integer of a float32 below 2**22, ties to even."""
+    return np.float32(np.float32(value + BIG) - BIG)
+
+
+@kernel
 def code_of(value: np.float32, scale: np.float32, zero_point: np.float32, bits: int) -> np.float32:
     """Code of a number, as float32."""
     lowest = np.float32(-(1 << (bits - 1)))
     y = np.float32(np.float32(value / scale) + zero_point)
-    y = min(max(y, lowest), np.float32(-lowest - np.float32(1)))
-    return np.float32(np.float32(y + BIG) - BIG)
+    return rint(min(max(y, lowest), np.float32(-lowest - np.float32(1))))
 
 
 @kernel
@@ -85,17 +90,17 @@ def decoded(code: np.float32, scale: np.float32, zero_point: np.float32, precisi
 
 
 @kernel
-def image(value: np.float32, scale: np.float32, zero_point: np.float32, bits: int, precision: int) -> np.float32:
-    """What becomes of a number that is encoded and decoded again."""
-    return decoded(code_of(value, scale, zero_point, bits), scale, zero_point, precision)
+def is_certain(bits: int, symmetric: bool, precision: int) -> bool:
+    """True when the image of a code has no other code nearest to it.
+
+    |code - zero_point| up to 255 has more bits than a BF16 number, so there an image may lie next to another code.
+    """
+    return precision != 1 or bits < 8 or symmetric
 
 
 @kernel
 def exact_code(value: np.float32, scale: np.float32, zero_point: np.float32, bits: int, precision: int) -> np.float32:
-    """Code that is decoded to `value`: the nearest, else the one above or below; the nearest when there is none.
-
-    |code - zero_point| up to 255 has more bits than a BF16 number, so an image may lie next to another code.
-    """
+    """Code that is decoded to `value`: the nearest, else the one above or below; the nearest when there is none."""
     code = code_of(value, scale, zero_point, bits)
     if precision != 1 or bits < 8 or decoded(code, scale, zero_point, precision) == value:
         return code
@@ -109,13 +114,24 @@ def exact_code(value: np.float32, scale: np.float32, zero_point: np.float32, bit
 
 
 @kernel
-def exact_zero_point(low: np.float32, high: np.float32, scale: np.float32, bits: int) -> np.float32:
+def _multiple(value: np.float32, scale: np.float32, precision: int) -> np.float32:
+    """The n for which n * scale, rounded, is `value`: the nearest, else the one above or below."""
+    n = rint(np.float32(value / scale))
+    if precision == 1 and round_f32(np.float32(n * scale), precision) != value:
+        for other in (np.float32(n + np.float32(1)), np.float32(n - np.float32(1))):
+            if round_f32(np.float32(other * scale), precision) == value:
+                return other
+    return n
+
+
+@kernel
+def _exact_zero_point(low: np.float32, high: np.float32, scale: np.float32, bits: int, precision: int) -> np.float32:
     """Zero point that gives the lowest code to `low` (<= 0), as long as `high` (>= 0) has one too; else NaN.
 
     One code too many may be due to rounding, which moves the larger of the two: the other one gets the code at its end.
     """
     lowest = np.float32(-(1 << (bits - 1)))
-    down, up = np.rint(np.float32(low / scale)), np.rint(np.float32(high / scale))
+    down, up = _multiple(low, scale, precision), _multiple(high, scale, precision)
     zero_point = np.float32(lowest - down)
     if up - down > (1 << bits) - 1 and up < -down:
         zero_point = np.float32(-lowest - np.float32(1) - up)
@@ -125,20 +141,10 @@ def exact_zero_point(low: np.float32, high: np.float32, scale: np.float32, bits:
 
 
 @kernel
-def _reproduces(
-    x: Array,
-    bits: int,
-    precision: int,
-    guess: tuple[np.float32, np.float32],
-    scale: np.float32,
-    zero_point: np.float32,
-) -> bool:
-    """True when every number of a group, or of its image under `guess` if that has a scale, is its own image."""
+def _reproduces(x: Array, bits: int, precision: int, scale: np.float32, zero_point: np.float32) -> bool:
+    """True when every number of a group is its own image."""
     for i in range(x.size):
-        v = x[i]
-        if guess[0] > 0:
-            v = image(v, guess[0], guess[1], bits, precision)
-        if decoded(exact_code(v, scale, zero_point, bits, precision), scale, zero_point, precision) != v:
+        if decoded(exact_code(x[i], scale, zero_point, bits, precision), scale, zero_point, precision) != x[i]:
             return False
     return True
 
@@ -146,10 +152,10 @@ def _reproduces(
 @kernel
 def _may_be_multiple(value: np.float32, most: np.float32, code: int, precision: int) -> bool:
     """False when value / scale is too far from an integer for any scale that makes `most` of this code."""
-    y = np.float32(abs(value) / most) * np.float32(code)
+    y = np.float32(value / most) * np.float32(code)
     step = np.float32(_SMALLEST[precision] / most)
     slack = np.float32(y * np.float32(_ROUNDING[precision] + step)) + np.float32(step * np.float32(code))
-    return bool(np.float32(abs(y - np.rint(y))) <= slack)
+    return bool(np.float32(abs(y - rint(y))) <= slack)
 
 
 @kernel
@@ -159,7 +165,7 @@ def _codes_of_most(low: np.float32, high: np.float32, bits: int, symmetric: bool
     # Below 256 times the smallest number a scale is rounded so much that the largest codes may not be used.
     coarse = most < np.float32(256 * top) * _SMALLEST[precision]
     if symmetric:
-        return top, top // 2 if coarse else top - min(top // 2, 4)
+        return top, top // 2 if coarse or bits <= 4 else top - 1
     guess = int(np.rint(codes * np.float64(most) / (np.float64(high) - np.float64(low))))
     slack = 2 if bits > 4 and precision == 1 else 0
     return min(guess + slack, codes), max(guess // 2 if coarse else guess - 2 - slack, 1)
@@ -168,48 +174,44 @@ def _codes_of_most(low: np.float32, high: np.float32, bits: int, symmetric: bool
 @kernel
 def find(
     x: Array,
-    low: np.float32,
-    high: np.float32,
+    ends: tuple[np.float32, np.float32, np.float32],
     bits: int,
     symmetric: bool,
     precision: int,
     scale_precision: int,
     guess: tuple[np.float32, np.float32],
 ) -> tuple[np.float32, np.float32]:
-    """First scale and zero point that reproduce a group, or its image under `guess`; the scale is 0 without any.
+    """First scale and zero point that reproduce a group that is not all zero; the scale is 0 when there is none.
 
-    low, high  smallest and largest number of what is to be reproduced, or 0; they are not both 0
-    guess      scale and zero point; a scale of 0 means that the group itself is meant
-    order      the largest magnitude over the codes of `_codes_of_most`, each rounded to a scale, then its lower and its
-               upper neighbour; at last the smallest number of the dtype, of which all numbers are multiples
+    ends   of the group: smallest number or 0, largest number or 0, smallest magnitude but 0
+    guess  scale and zero point of which the group is known to be an image, or zeros
+    order  the largest magnitude over the codes of `_codes_of_most`, each rounded to a scale, then its lower and its
+           upper neighbour; at last the smallest number of the dtype, of which all numbers are multiples
     """
+    low, high, least = ends
     most = max(high, np.float32(-low))
-    one, other = x[0], x[x.size // 2]
-    if guess[0] > 0:
-        one, other = image(one, guess[0], guess[1], bits, precision), image(other, guess[0], guess[1], bits, precision)
-    certain = precision != 1 or bits < 8 or symmetric
     first, last = _codes_of_most(low, high, bits, symmetric, precision)
     for code in range(first, last - 1, -1):
         if symmetric and code == 1 << (bits - 1) and -low != most:
             continue
-        if not (_may_be_multiple(one, most, code, precision) and _may_be_multiple(other, most, code, precision)):
+        if not _may_be_multiple(least, most, code, precision):
             continue
+        center = np.float32(most / np.float32(code))
         for steps in (0, -1, 1):
-            center = np.float32(most / np.float32(code))
             scale = round_scale(center, precision, scale_precision, bits, steps)
             if not is_positive(scale) or round_f32(np.float32(np.float32(code) * scale), precision) != most:
                 continue
-            zero_point = np.float32(0.0) if symmetric else exact_zero_point(low, high, scale, bits)
+            zero_point = np.float32(0.0) if symmetric else _exact_zero_point(low, high, scale, bits, precision)
             if np.isnan(zero_point):
                 continue
-            if certain and scale == guess[0] and zero_point == guess[1]:
+            if scale == guess[0] and zero_point == guess[1] and is_certain(bits, symmetric, precision):
                 return scale, zero_point
-            if _reproduces(x, bits, precision, guess, scale, zero_point):
+            if _reproduces(x, bits, precision, scale, zero_point):
                 return scale, zero_point
     scale = _SMALLEST[precision]
     if most <= np.float32(1 << bits) * scale and round_f32(scale, scale_precision) == scale:
-        zero_point = np.float32(0.0) if symmetric else exact_zero_point(low, high, scale, bits)
-        if not np.isnan(zero_point) and _reproduces(x, bits, precision, guess, scale, zero_point):
+        zero_point = np.float32(0.0) if symmetric else _exact_zero_point(low, high, scale, bits, precision)
+        if not np.isnan(zero_point) and _reproduces(x, bits, precision, scale, zero_point):
             return scale, zero_point
     return np.float32(0.0), np.float32(0.0)
 
@@ -225,19 +227,15 @@ def _has_finite_ends(scale: np.float32, zero_point: np.float32, bits: int, preci
 
 @kernel
 def scale_over(
-    value: np.float32,
-    low: np.float32,
-    bits: int,
-    symmetric: bool,
-    precision: int,
-    scale_precision: int,
+    value: np.float32, low: np.float32, bits: int, symmetric: bool, precision: int, scale_precision: int
 ) -> tuple[np.float32, np.float32]:
     """`value` rounded to a scale, and the zero point that gives `low` the lowest code; the scale is 0 if it cannot be.
 
     A scale so large that a code would be decoded to infinity is made smaller.
     """
     lowest = np.float32(-(1 << (bits - 1)))
-    value = min(value, np.float32(_LARGEST[precision] / -lowest))
+    limit = np.float32(_LARGEST[precision] / -lowest)
+    value = min(value, limit)
     while True:
         scale = round_scale(value, precision, scale_precision, bits, 0)
         if not is_positive(scale):
@@ -245,15 +243,16 @@ def scale_over(
         zero_point = np.float32(0.0)
         if not symmetric:
             y = np.float32(lowest - np.float32(low / scale))
-            zero_point = np.float32(np.rint(min(max(y, lowest), np.float32(-lowest - np.float32(1)))))
-        if _has_finite_ends(scale, zero_point, bits, precision):
+            zero_point = rint(min(max(y, lowest), np.float32(-lowest - np.float32(1))))
+        if value < limit * np.float32(0.25) or _has_finite_ends(scale, zero_point, bits, precision):
             return scale, zero_point
         value = np.float32(value * np.float32(0.96875))
 
 
 @kernel
-def span(low: np.float32, high: np.float32, codes: np.float32, symmetric: bool) -> np.float32:
-    """What one of `codes` steps covers: 2 * the largest magnitude over them, or high - low over them."""
+def span(low: np.float32, high: np.float32, bits: int, symmetric: bool) -> np.float32:
+    """What one step of the codes covers: 2 * the largest magnitude over their number less 1, or high - low over it."""
+    codes = np.float32((1 << bits) - 1)
     if symmetric:
         return np.float32(max(high, np.float32(-low)) / np.float32(codes / np.float32(2)))
     width = np.float32(high - low)
@@ -263,32 +262,21 @@ def span(low: np.float32, high: np.float32, codes: np.float32, symmetric: bool) 
 
 
 @kernel
-def _add_errors(x: Array, scale: np.float32, zero_point: np.float32, bits: int, errors: Array, lanes: Array) -> None:
-    """Add the squared errors of x [n] to lanes [16] float64; n is a multiple of 16, errors [n] float32 is scratch.
+def _squared_error(x: Array, scale: np.float32, zero_point: np.float32, bits: int, lanes: Array) -> float:
+    """Sum of squared errors of x [n], n a multiple of 16, in lanes [16] float64.
 
     The square of a float32 is exact in float64, so only the order of the sum matters.
     """
     lowest = np.float32(-(1 << (bits - 1)))
     highest = np.float32(-lowest - np.float32(1))
-    for i in range(x.size):
-        y = np.float32(np.float32(x[i] / scale) + zero_point)
-        y = min(max(y, lowest), highest)
-        code = np.float32(np.float32(y + BIG) - BIG)
-        errors[i] = x[i] - np.float32(np.float32(code - zero_point) * scale)
-    for start in range(0, x.size, LANES):
-        part = errors[start : start + LANES]
-        for j in range(LANES):
-            error = np.float64(part[j])
-            lanes[j] += error * error
-
-
-@kernel
-def squared_error(x: Array, scale: np.float32, zero_point: np.float32, bits: int, errors: Array, lanes: Array) -> float:
-    """Sum of squared errors of x [n], n a multiple of 16; errors (at least 16 numbers) and lanes [16] are scratch."""
     lanes[:] = 0.0
-    for start in range(0, x.size, errors.size):
-        stop = min(start + errors.size, x.size)
-        _add_errors(x[start:stop], scale, zero_point, bits, errors[: stop - start], lanes)
+    for start in range(0, x.size, LANES):
+        for j in range(LANES):
+            v = x[start + j]
+            y = np.float32(np.float32(v / scale) + zero_point)
+            code = np.float32(np.float32(min(max(y, lowest), highest) + BIG) - BIG)
+            error = np.float64(v - np.float32(np.float32(code - zero_point) * scale))
+            lanes[j] += error * error
     total = 0.0
     for j in range(LANES):
         total += lanes[j]
@@ -298,43 +286,37 @@ def squared_error(x: Array, scale: np.float32, zero_point: np.float32, bits: int
 @kernel
 def best(
     x: Array,
-    low: np.float32,
-    high: np.float32,
+    ends: tuple[np.float32, np.float32, np.float32],
     bits: int,
     symmetric: bool,
     precision: int,
     scale_precision: int,
-    grid: Array,
-    errors: Array,
+    tried: Array,
     lanes: Array,
 ) -> tuple[np.float32, np.float32]:
     """Of the scales of a grid, and their zero points, those with the least sum of squared errors; first of equals.
 
-    x     the group, filled up with zeros to a multiple of 16, which have no error
-    grid  float32 [c]: symmetric, what the largest magnitude is divided by; else how much of both ends is kept
+    x      the group, filled up with zeros to a multiple of 16, which have no error
+    tried  see `grid`
+    lanes  scratch, float64 [16]
     """
-    chosen = scale_over(
-        span(low, high, np.float32((1 << bits) - 1), symmetric), low, bits, symmetric, precision, scale_precision
-    )
+    low, high, _ = ends
+    chosen = scale_over(span(low, high, bits, symmetric), low, bits, symmetric, precision, scale_precision)
     if chosen[0] == 0:
         return chosen
-    most, top = max(high, np.float32(-low)), np.float32(1 << (bits - 1))
-    least = squared_error(x, chosen[0], chosen[1], bits, errors, lanes)
-    last = chosen
-    for k in range(grid.size):
-        if symmetric:
-            value, end = np.float32(most / grid[k]), low
-        else:
-            end = np.float32(low * grid[k])
-            value = span(end, np.float32(high * grid[k]), np.float32((1 << bits) - 1), symmetric)
-        tried = scale_over(value, end, bits, symmetric, precision, scale_precision)
-        if tried == last or tried[0] < _SMALLEST[precision]:
+    most, used = max(high, np.float32(-low)), np.float32((1 << (bits - 1)) - 1)
+    least, last = _squared_error(x, chosen[0], chosen[1], bits, lanes), chosen
+    for k in range(tried.size):
+        value, end = np.float32(most / tried[k]), low
+        if not symmetric:
+            end = np.float32(low * tried[k])
+            value = span(end, np.float32(high * tried[k]), bits, symmetric)
+        now = scale_over(value, end, bits, symmetric, precision, scale_precision)
+        # A scale that leaves the largest code unused, or is below the numbers themselves, would not be found again.
+        if now == last or now[0] < _SMALLEST[precision] or (symmetric and rint(np.float32(most / now[0])) < used):
             continue
-        last = tried
-        # A scale that leaves the largest code unused would not be found again.
-        if symmetric and np.rint(np.float32(most / tried[0])) < top - np.float32(1):
-            continue
-        error = squared_error(x, tried[0], tried[1], bits, errors, lanes)
+        last = now
+        error = _squared_error(x, now[0], now[1], bits, lanes)
         if error < least:
-            least, chosen = error, tried
+            least, chosen = error, now
     return chosen

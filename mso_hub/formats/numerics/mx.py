@@ -61,8 +61,6 @@ GROUP_SIZE = 32
 
 SEARCHES = ("absmax", "mse")
 """How an exponent is chosen: from the largest magnitude, or by comparing errors."""
-RULES = ("compressed-tensors", "modelopt")
-"""Libraries that write MXFP8; see `encode_mxfp8`."""
 
 _ONE = np.float32(1)
 
@@ -90,23 +88,19 @@ def encode_mxfp4(
     return packed, scale
 
 
-def encode_mxfp8(
-    values: Array, dtype: str, *, rule: str = "compressed-tensors", search: str = "absmax"
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def encode_mxfp8(values: Array, dtype: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Quantize a matrix to MXFP8.
 
     values     [rows, cols] finite, cols % 32 == 0, held as `floats.storage(dtype)`
-    rule       the library whose exponents are meant. They differ only where the largest number becomes 448, and there
-               both give way to the exponent that is stable (see the top of this file), so both mean the same
-    search     "mse" is "absmax": one exponent more has no code that is missing here, one less gains at most 31 * 2**-20
-               on the smallest numbers and loses at least 32 * 2**-16 on the largest (in squares of 2**exponent)
     returns    codes uint8 [rows, cols] (E4M3 bits), scale uint8 [rows, cols/32] (E8M0)
     direction  the scale multiplies: code = rne_e4m3(clamp(w / 2**(scale - 127), -448, 448))
-    source     compressed-tensors 0.20 generate_mx_scales and ModelOpt 0.47 MXFP8QTensor, with that deviation
+    source     compressed-tensors 0.20 generate_mx_scales and ModelOpt 0.47 MXFP8QTensor. They differ only where the
+               largest number becomes 448, and there both give way to the exponent that is stable (see the top of this
+               file). No search can do better: one exponent more has no code that is missing here, one less gains at
+               most 31 * 2**-20 on the smallest numbers and loses at least 32 * 2**-16 on the largest (in squares of
+               2**exponent)
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    values, dtype = _checked(values, dtype, search)
+    values, dtype = _checked(values, dtype, "absmax")
     rows, cols = values.shape
     codes = np.empty((rows, cols), np.uint8)
     scale = np.empty((rows, cols // GROUP_SIZE), np.uint8)

@@ -22,7 +22,9 @@ from mso_hub.formats.numerics.e2m1 import E2M1_MAX, PLAIN_ZERO, RUN, SIGNED_ZERO
 from mso_hub.formats.numerics.floats import E4M3, Array, flat_bits, widen
 from mso_hub.formats.numerics.nvfp4_search import (
     E4M3_MAX,
-    SEARCHES,
+    FOUR_OVER_SIX,
+    MSE,
+    POWER,
     encode_absmax,
     encode_searched,
     exponent_of_sixth,
@@ -30,6 +32,10 @@ from mso_hub.formats.numerics.nvfp4_search import (
 
 GROUP_SIZE = RUN
 FOUR_OVER_SIX_MAX = 256.0
+
+_SEARCHED = {"mse": MSE, "four_over_six": FOUR_OVER_SIX, "power": POWER}
+SEARCHES = ("absmax", *_SEARCHED)
+"""How a block scale is chosen, see `encode`; "power" is for weights that were MXFP4."""
 
 
 def global_scale(amax: float, *, search: str = "absmax") -> np.float32:
@@ -106,7 +112,7 @@ def encode(
     if search == "absmax":
         encode_absmax(bits, factor, packed.reshape(-1), scale.reshape(-1))
     else:
-        encode_searched(bits, factor, SEARCHES.index(search), packed.reshape(-1), scale.reshape(-1))
+        encode_searched(bits, factor, _SEARCHED[search], packed.reshape(-1), scale.reshape(-1))
     return packed, scale
 
 

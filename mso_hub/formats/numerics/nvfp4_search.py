@@ -8,8 +8,9 @@
 All but absmax keep two rules, so that decoding to any dtype in which the numbers stay normal and encoding again gives
 the same codes and scales (a negative zero counts as zero, which is what `decode` makes of it):
 
-1. Only scales under which the largest number becomes 4 or 6 are tried. Nothing is lost: one that makes it 3 or less has
-   no point that half of that scale lacks. The image of a block then lies within the codes that are tried for it.
+1. Only scales under which the largest number becomes 4 or 6 are tried (or 2**-9, where it is too small for that). The
+   image of a block then lies within the codes that are tried for it. A scale that makes it 3 or less has no point that
+   half of that scale lacks; only the odd multiples of 2**-9 below 2**-5 have no half.
 2. Two such scales have the same image only as 4 * s = 6 * (s * 2/3), and only if all magnitudes are 0, 1, 2 or 4 under
    the larger. Then the smaller is written: `_settle`. Any two different images are 1/45 apart in some number, which
    neither the rounding of BF16 (1/512) nor a global scale from a rounded amax (1/512) can bridge.
@@ -41,8 +42,7 @@ from mso_hub.formats.numerics.kernel import kernel
 
 E4M3_MAX = 448.0
 
-SEARCHES = ("absmax", "mse", "four_over_six", "power")
-ABSMAX, MSE, FOUR_OVER_SIX, POWER = range(len(SEARCHES))
+MSE, FOUR_OVER_SIX, POWER = range(3)
 
 _OFFSETS = np.array([-1, 1, -2, 2, 3, 4, 5, 6], np.int64)
 _ONE = 0x38  # E4M3 code of 1.0

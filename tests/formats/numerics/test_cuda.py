@@ -84,9 +84,7 @@ def test_amax(kernels: Kernels, dtype: str) -> None:
 @pytest.mark.parametrize("search", nvfp4.SEARCHES)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), scale=SCALES)
 @FEW
-def test_nvfp4_encodes_the_same(
-    kernels: Kernels, search: str, data: st.DataObject, dtype: str, scale: float
-) -> None:
+def test_nvfp4_encodes_the_same(kernels: Kernels, search: str, data: st.DataObject, dtype: str, scale: float) -> None:
     """Any bits under any global scale, and under their own."""
     values = data.draw(matrices(dtype))
     any_scale = np.float32(2.0 ** np.floor(np.log2(scale)) if search == "power" else scale)
@@ -177,7 +175,9 @@ def test_fp8_encodes_and_decodes_the_same(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "search"), [(None, "absmax"), (None, "mse"), ((128, 128), "absmax"), ((4, 70), "mse")])
+@pytest.mark.parametrize(
+    ("size", "search"), [(None, "absmax"), (None, "mse"), ((128, 128), "absmax"), ((4, 70), "mse")]
+)
 def test_fp8_encodes_long_cells_the_same(
     kernels: Kernels, dtype: str, size: tuple[int, int] | None, search: str
 ) -> None:
@@ -275,10 +275,18 @@ def random_integers(rng: np.random.Generator, shape: tuple[int, ...], kind: type
         ("nvfp4.encode", (np.zeros((2, 24), np.uint16), 1.0), r"multiple of 16, got \[2, 24\]"),
         ("nvfp4.encode", (np.zeros((2, 16), np.uint16), 0.0), "positive number, got 0.0"),
         ("nvfp4.encode", (np.zeros((2, 16), np.int32), 1.0), "contiguous tensor of .* got torch.int32"),
-        ("nvfp4.decode", (np.zeros((2, 16), np.uint8), np.zeros((2, 1), np.uint8), 1.0, "BF16"), r"\[2, 16\] and \[2, 1\]"),
+        (
+            "nvfp4.decode",
+            (np.zeros((2, 16), np.uint8), np.zeros((2, 1), np.uint8), 1.0, "BF16"),
+            r"\[2, 16\] and \[2, 1\]",
+        ),
         ("fp8.encode_rows", (np.zeros((0, 16), np.uint16), "F32"), r"got \[0, 16\]"),
         ("fp8.encode_tensor", (np.zeros((2, 16), np.uint16), np.inf), "positive number, got inf"),
-        ("fp8.decode", (np.zeros((2, 16), np.uint8), np.zeros((2, 2), np.float32), (1, 16), "F32"), r"must be \[2, 1\]"),
+        (
+            "fp8.decode",
+            (np.zeros((2, 16), np.uint8), np.zeros((2, 2), np.float32), (1, 16), "F32"),
+            r"must be \[2, 1\]",
+        ),
         ("integer.unpack", (np.zeros((2, 3), np.int32), 4, 16), r"\[rows, 2\], got torch.int32 \[2, 3\]"),
     ],
 )

@@ -64,9 +64,7 @@ DIVIDES = {"nvfp4 encode", "nvfp4 encode F16", "nvfp4 encode F32", "nvfp4 decode
 def ptx(name: str, capability: int) -> str:
     """Assembly of one kernel for one generation of GPUs, which the assembler has accepted."""
     kernel, types, constants = KERNELS[name]
-    signature = {
-        a: "constexpr" if a in constants else types.get(a, POINTERS.get(a, "i32")) for a in kernel.arg_names
-    }
+    signature = {a: "constexpr" if a in constants else types.get(a, POINTERS.get(a, "i32")) for a in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(floats.EXACT))
     assert compiled.asm["cubin"]

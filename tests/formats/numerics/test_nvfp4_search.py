@@ -79,7 +79,8 @@ def test_short_numbers_find_their_scales_again(search: str, stored: str, data: s
 @settings(deadline=None, max_examples=100)
 def test_any_numbers_find_their_scales_again(search: str, dtype: str, data: st.DataObject) -> None:
     values = data.draw(matrices(dtype))
-    assume(any([found_again(values, dtype, stored, search) for stored in DTYPES]))
+    compared = [found_again(values, dtype, stored, search) for stored in DTYPES]
+    assume(any(compared))
 
 
 @pytest.mark.parametrize("search", FINDING)
@@ -131,8 +132,9 @@ def test_mse_keeps_what_another_search_has_written(other: str, dtype: str) -> No
     scale = nvfp4.global_scale(floats.amax(values, "F32"), search=other)
     there = nvfp4.decode(*nvfp4.encode(values, "F32", scale, search=other), scale, dtype)
     again = nvfp4.decode(*nvfp4.encode(there, dtype, scale, search="mse"), scale, dtype)
-    assert (floats.widen(again, dtype) == floats.widen(there, dtype)).mean() == 1 or dtype == "F32"
-    np.testing.assert_allclose(floats.widen(again, dtype), floats.widen(there, dtype), rtol=2.0**-22)
+    # 6 * (s * global) and 4 * (s * 3/2 * global) may differ in the last bit of F32.
+    tolerance = 0 if dtype == "BF16" else 2.0**-22
+    np.testing.assert_allclose(floats.widen(again, dtype), floats.widen(there, dtype), rtol=tolerance)
 
 
 def test_of_two_scales_with_one_image_the_smaller_is_written() -> None:

@@ -117,27 +117,26 @@ def e4m3_to_f32(code: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def round_f32(value: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:  # noqa: N803
+def round_f32(value: tl.tensor, precision: tl.constexpr) -> tl.tensor:
     """Nearest numbers of a dtype (`numerics.floats.PRECISION`) as float32, ties to even; too large is infinite."""
-    if PRECISION == 1:
+    if precision == 1:
         return (bf16_bits(value).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif PRECISION == 2:  # noqa: RET505
+    elif precision == 2:  # noqa: RET505
         return value.to(tl.float16).to(tl.float32)
     else:
         return value
 
 
 @triton.jit
-def next_f32(value: tl.tensor, steps: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:  # noqa: N803
+def next_f32(value: tl.tensor, steps: tl.tensor, precision: tl.constexpr) -> tl.tensor:
     """The numbers `steps` (-1, 0 or 1) places above positive numbers of a dtype, as `numerics.floats.next_f32`."""
-    unit: tl.constexpr = 65536 if PRECISION == 1 else 8192 if PRECISION == 2 else 1
+    unit: tl.constexpr = 65536 if precision == 1 else 8192 if precision == 2 else 1
     moved = (value.to(tl.int32, bitcast=True) + steps * unit).to(tl.float32, bitcast=True)
-    if PRECISION == 2:  # below 2**-14 the step is 2**-24
+    if precision == 2:  # below 2**-14 the step is 2**-24
         subnormal = (value < 6.103515625e-05) | ((steps < 0) & (value == 6.103515625e-05))
         moved = tl.where(subnormal, value + steps.to(tl.float32) * 5.9604644775390625e-08, moved)
         moved = tl.where((steps < 0) & (value == float("inf")), 65504.0, moved)
-    moved = tl.where(steps == 0, value, moved)
-    return moved
+    return tl.where(steps == 0, value, moved)
 
 
 @triton.jit

@@ -68,7 +68,7 @@ def encode_tensor(values: Tensor, scale: float) -> Tensor:
     if codes.numel():
         grid = (triton.cdiv(codes.numel(), _TILE),)
         arguments = (stored, scalar(scale, values), codes, codes.numel())
-        _encode_tensor[grid](*arguments, PRECISION=precision(values.dtype), TILE=_TILE, **EXACT)
+        _encode_tensor[grid](*arguments, precision=precision(values.dtype), tile=_TILE, **EXACT)
     return codes
 
 
@@ -94,13 +94,11 @@ def decode(codes: Tensor, scale: Tensor, size: tuple[int, int], dtype: torch.dty
     out = torch.empty((rows, cols), dtype=dtype, device=codes.device)
     arguments = (codes.contiguous(), scale.contiguous(), loadable(out), cols, expected[1], size[0])
     width = 0 if size[1] >= cols else size[1]
-    _decode[rows, triton.cdiv(cols, _TILE)](*arguments, WIDTH=width, TILE=_TILE, **EXACT)
+    _decode[rows, triton.cdiv(cols, _TILE)](*arguments, width=width, tile=_TILE, **EXACT)
     return out
 
 
-def _encode_as(
-    values: Tensor, scale_dtype: torch.dtype, size: tuple[int, int], search: str
-) -> tuple[Tensor, Tensor]:
+def _encode_as(values: Tensor, scale_dtype: torch.dtype, size: tuple[int, int], search: str) -> tuple[Tensor, Tensor]:
     """Check, run the kernel, and name the cell whose scale cannot be stored."""
     _check_matrix(values, size)
     if search not in SEARCHES:
@@ -114,8 +112,8 @@ def _encode_as(
     tile_rows, tile_cols = _TILES[height == 1]
     _encode_cells[grid](
         stored, codes, scale, multiples, rows, cols, height, width, grid[1],
-        MSE=search == "mse", PRECISION=precision(values.dtype), SCALE_PRECISION=precision(scale_dtype),
-        TILE_ROWS=tile_rows, TILE_COLS=tile_cols, **EXACT,
+        mse=search == "mse", precision=precision(values.dtype), scale_precision=precision(scale_dtype),
+        tile_rows=tile_rows, tile_cols=tile_cols, **EXACT,
     )  # fmt: skip
     if not bool(scale.all()):
         bad = int((scale == 0).flatten().nonzero()[0])
@@ -140,14 +138,14 @@ def _largest(
     high: tl.tensor,
     wide: tl.tensor,
     stride: tl.tensor,
-    TILE_ROWS: tl.constexpr,  # noqa: N803
-    TILE_COLS: tl.constexpr,  # noqa: N803
+    tile_rows: tl.constexpr,
+    tile_cols: tl.constexpr,
 ) -> tl.tensor:
     """Largest magnitude of a cell."""
-    bits = tl.zeros((TILE_ROWS, TILE_COLS), tl.int32)
-    for row in range(0, high, TILE_ROWS):
-        for column in range(0, wide, TILE_COLS):
-            place, inside = places(row, column, high, wide, stride, TILE_ROWS, TILE_COLS)
+    bits = tl.zeros((tile_rows, tile_cols), tl.int32)
+    for row in range(0, high, tile_rows):
+        for column in range(0, wide, tile_cols):
+            place, inside = places(row, column, high, wide, stride, tile_rows, tile_cols)
             bits = tl.maximum(bits, load_f32(x + place, inside).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     return tl.max(bits).to(tl.float32, bitcast=True)
 
@@ -163,51 +161,48 @@ def _encode_cells(
     height: tl.tensor,
     width: tl.tensor,
     across: tl.tensor,
-    MSE: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
-    SCALE_PRECISION: tl.constexpr,  # noqa: N803
-    TILE_ROWS: tl.constexpr,  # noqa: N803
-    TILE_COLS: tl.constexpr,  # noqa: N803
+    mse: tl.constexpr,
+    precision: tl.constexpr,
+    scale_precision: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_cols: tl.constexpr,
 ) -> None:
     """Fill codes [rows, cols] and scale [.., across] of the cell of this program; scale 0 where none can be stored."""
     top, left = tl.program_id(0) * height, tl.program_id(1) * width
     high, wide = tl.minimum(height, rows - top), tl.minimum(width, cols - left)
     corner = top.to(tl.int64) * cols + left
     x += corner
-    largest = _largest(x, high, wide, cols, TILE_ROWS, TILE_COLS)
+    largest = _largest(x, high, wide, cols, tile_rows, tile_cols)
     guess = largest * 0.0 + 1.0
     stored = guess
-    if largest > 0.0:
-        exact = find(
-            x, high, wide, cols, largest, guess, False, PRECISION, SCALE_PRECISION, TILE_ROWS, TILE_COLS
-        )  # fmt: skip
+    if (largest > 0.0) & (largest < float("inf")):
+        cell = (x, high, wide, cols)
+        exact = find(*cell, largest, guess, False, precision, scale_precision, tile_rows, tile_cols)  # noqa: FBT003
         if exact > 0.0:
             guess = exact
             stored = exact
         else:
-            guess = absmax(largest, PRECISION, SCALE_PRECISION)
+            guess = absmax(largest, precision, scale_precision)
             if (guess > 0.0) & (guess < float("inf")):
-                if MSE:
-                    guess = best(x, high, wide, cols, largest, multiples, PRECISION, SCALE_PRECISION)
-                reached = image(largest, guess, PRECISION)
-                settled = find(
-                    x, high, wide, cols, reached, guess, True, PRECISION, SCALE_PRECISION, TILE_ROWS, TILE_COLS
-                )  # fmt: skip
+                if mse:
+                    guess = best(x, high, wide, cols, largest, multiples, precision, scale_precision)
+                reached = image(largest, guess, precision)
+                settled = find(*cell, reached, guess, True, precision, scale_precision, tile_rows, tile_cols)  # noqa: FBT003
                 stored = tl.where(settled > 0.0, settled, guess)
             else:
                 stored = guess * 0.0
                 guess = stored + 1.0
     tl.store(scale + tl.program_id(0).to(tl.int64) * across + tl.program_id(1), tl.where(stored > 0.0, stored, 0.0))
-    _store_codes(x, codes + corner, high, wide, cols, guess, stored, PRECISION, TILE_ROWS, TILE_COLS)
+    _store_codes(x, codes + corner, high, wide, cols, guess, stored, precision, tile_rows, tile_cols)
 
 
 @triton.jit
-def _image_codes(v: tl.tensor, guess: tl.tensor, stored: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:  # noqa: N803
+def _image_codes(v: tl.tensor, guess: tl.tensor, stored: tl.tensor, precision: tl.constexpr) -> tl.tensor:
     """int32 codes under `stored` of the images of v under `guess`."""
-    tiny: tl.constexpr = 6.103515625e-05 if PRECISION == 2 else 1.1754943508222875e-38  # 2**-14, 2**-126
+    tiny: tl.constexpr = 6.103515625e-05 if precision == 2 else 1.1754943508222875e-38  # 2**-14, 2**-126
     code = e4m3_codes(v, guess)
     if (guess != stored) | (guess * 0.001953125 < tiny):  # else images have the codes of their numbers
-        decoded = round_f32(e4m3_to_f32(code & 0x7F) * guess, PRECISION)
+        decoded = round_f32(e4m3_to_f32(code & 0x7F) * guess, precision)
         code = e4m3_codes(decoded, stored) | (code & 0x80)
     return code
 
@@ -221,15 +216,15 @@ def _store_codes(
     stride: tl.tensor,
     guess: tl.tensor,
     stored: tl.tensor,
-    PRECISION: tl.constexpr,  # noqa: N803
-    TILE_ROWS: tl.constexpr,  # noqa: N803
-    TILE_COLS: tl.constexpr,  # noqa: N803
+    precision: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_cols: tl.constexpr,
 ) -> None:
     """Fill codes from the numbers of a cell: codes under `stored` of their images under `guess`."""
-    for row in range(0, high, TILE_ROWS):
-        for column in range(0, wide, TILE_COLS):
-            place, inside = places(row, column, high, wide, stride, TILE_ROWS, TILE_COLS)
-            code = _image_codes(load_f32(x + place, inside), guess, stored, PRECISION)
+    for row in range(0, high, tile_rows):
+        for column in range(0, wide, tile_cols):
+            place, inside = places(row, column, high, wide, stride, tile_rows, tile_cols)
+            code = _image_codes(load_f32(x + place, inside), guess, stored, precision)
             tl.store(codes + place, code.to(tl.uint8), mask=inside)
 
 
@@ -239,13 +234,13 @@ def _encode_tensor(
     scale: tl.tensor,
     codes: tl.tensor,
     size: tl.tensor,
-    PRECISION: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
+    precision: tl.constexpr,
+    tile: tl.constexpr,
 ) -> None:
     """Fill codes [size] from x [size] under one scale."""
-    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    i = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
     step = tl.load(scale)
-    code = _image_codes(load_f32(x + i, i < size), step, step, PRECISION)
+    code = _image_codes(load_f32(x + i, i < size), step, step, precision)
     tl.store(codes + i, code.to(tl.uint8), mask=i < size)
 
 
@@ -257,14 +252,14 @@ def _decode(
     cols: tl.tensor,
     across: tl.tensor,
     height: tl.tensor,
-    WIDTH: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
+    width: tl.constexpr,
+    tile: tl.constexpr,
 ) -> None:
-    """Fill out [rows, cols] from codes [rows, cols] and scale [.., across]; WIDTH 0 means whole rows."""
+    """Fill out [rows, cols] from codes [rows, cols] and scale [.., across]; `width` 0 means whole rows."""
     row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    k = tl.program_id(1) * tile + tl.arange(0, tile)
     live = k < cols
     code = tl.load(codes + row * cols + k, mask=live, other=0)
-    cell = k // WIDTH if WIDTH else k * 0
+    cell = k // width if width else k * 0
     step = tl.load(scale + row // height * across + cell, mask=live, other=0)
     store_f32(out + row * cols + k, e4m3_to_f32(code) * step, live)

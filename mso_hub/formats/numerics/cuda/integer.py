@@ -14,7 +14,7 @@ from mso_hub.formats.numerics.cuda.floats import EXACT, loadable, require_device
 from mso_hub.formats.numerics.integer import words_per_row
 
 _TILE = 1024  # columns
-_UNPACKED = {"BITS": 0, "PER_WORD": 0}
+_UNPACKED = {"bits": 0, "per_word": 0}
 
 
 def unpack(packed: Tensor, bits: int, cols: int, *, dense: bool) -> Tensor:
@@ -28,7 +28,7 @@ def unpack(packed: Tensor, bits: int, cols: int, *, dense: bool) -> Tensor:
     if codes.numel():
         per_word = 0 if dense else 32 // bits
         grid = (packed.shape[0], triton.cdiv(cols, _TILE))
-        _unpack[grid](packed.contiguous(), codes, cols, words, BITS=bits, PER_WORD=per_word, TILE=_TILE, **EXACT)
+        _unpack[grid](packed.contiguous(), codes, cols, words, bits=bits, per_word=per_word, tile=_TILE, **EXACT)
     return codes
 
 
@@ -63,7 +63,7 @@ def decode(
     returns     `dtype` [rows, cols]
     """
     _check_packed(packed, bits, cols, dense)
-    layout = {"BITS": bits, "PER_WORD": 0 if dense else 32 // bits}
+    layout = {"bits": bits, "per_word": 0 if dense else 32 // bits}
     return _decode_as(packed, scale, zero_point, g_idx, layout, cols, group_size, dtype)
 
 
@@ -127,7 +127,7 @@ def _decode_as(
         zeros = None if zero_point is None else zero_point.contiguous()
         arguments = (packed.contiguous(), scale.contiguous(), zeros, index, target, cols, packed.shape[1], groups)
         grid = (rows, triton.cdiv(cols, _TILE))
-        _decode[grid](*arguments, GROUP=group_size or 0, TILE=_TILE, **layout, **EXACT)
+        _decode[grid](*arguments, group_size=group_size or 0, tile=_TILE, **layout, **EXACT)
     return out
 
 
@@ -150,7 +150,9 @@ def _check_groups(rows: int, cols: int, groups: int, scale: Tensor, zero_point: 
             f"a {rows} x {cols} matrix in {groups} groups needs a float32 scale {[rows, groups]}, "
             f"got {scale.dtype} {list(scale.shape)}"
         )
-    if zero_point is not None and (zero_point.dtype not in (torch.int8, torch.int16) or zero_point.shape != scale.shape):
+    if zero_point is not None and (
+        zero_point.dtype not in (torch.int8, torch.int16) or zero_point.shape != scale.shape
+    ):
         raise ValueError(
             f"zero_point must be int8 or int16 {list(scale.shape)} like the scale, "
             f"got {zero_point.dtype} {list(zero_point.shape)}"
@@ -164,18 +166,18 @@ def _check_index(g_idx: Tensor, cols: int, groups: int) -> None:
 
 
 @triton.jit
-def _codes(words: tl.tensor, k: tl.tensor, live: tl.tensor, BITS: tl.constexpr, PER_WORD: tl.constexpr) -> tl.tensor:  # noqa: N803
-    """int32 codes of the columns k of one row, without their offset; PER_WORD is 0 for dense packing."""
-    bit = k // PER_WORD * 32 + k % PER_WORD * BITS if PER_WORD else k * BITS
+def _codes(words: tl.tensor, k: tl.tensor, live: tl.tensor, bits: tl.constexpr, per_word: tl.constexpr) -> tl.tensor:
+    """int32 codes of the columns k of one row, without their offset; per_word is 0 for dense packing."""
+    bit = k // per_word * 32 + k % per_word * bits if per_word else k * bits
     word, low = bit >> 5, bit & 31
     code = tl.load(words + word, mask=live, other=0)
-    if PER_WORD == 0 and 32 % BITS:
-        straddles = live & (low + BITS > 32)
+    if per_word == 0 and 32 % bits:
+        straddles = live & (low + bits > 32)
         high = tl.load(words + word + 1, mask=straddles, other=0).to(tl.int64)
         code = (((high << 32) | (code.to(tl.int64) & 0xFFFFFFFF)) >> low).to(tl.int32)
     else:
         code = code >> low
-    return (code & ((1 << BITS) - 1)) - (1 << (BITS - 1))
+    return (code & ((1 << bits) - 1)) - (1 << (bits - 1))
 
 
 @triton.jit
@@ -184,15 +186,15 @@ def _unpack(
     codes: tl.tensor,
     cols: tl.tensor,
     words: tl.tensor,
-    BITS: tl.constexpr,  # noqa: N803
-    PER_WORD: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
+    bits: tl.constexpr,
+    per_word: tl.constexpr,
+    tile: tl.constexpr,
 ) -> None:
     """Fill codes [rows, cols] int8 from packed [rows, words] int32."""
     row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    k = tl.program_id(1) * tile + tl.arange(0, tile)
     live = k < cols
-    tl.store(codes + row * cols + k, _codes(packed + row * words, k, live, BITS, PER_WORD).to(tl.int8), mask=live)
+    tl.store(codes + row * cols + k, _codes(packed + row * words, k, live, bits, per_word).to(tl.int8), mask=live)
 
 
 @triton.jit
@@ -205,26 +207,26 @@ def _decode(
     cols: tl.tensor,
     words: tl.tensor,
     groups: tl.tensor,
-    GROUP: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-    PER_WORD: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
+    group_size: tl.constexpr,
+    bits: tl.constexpr,
+    per_word: tl.constexpr,
+    tile: tl.constexpr,
 ) -> None:
     """Fill out [rows, cols] from packed [rows, words].
 
-    BITS 0 means that packed holds one int8 per column, GROUP 0 that a row has one scale.
+    bits 0 means that packed holds one int8 per column, group_size 0 that a row has one scale.
     """
     row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    k = tl.program_id(1) * tile + tl.arange(0, tile)
     live = k < cols
-    if BITS:
-        code = _codes(packed + row * words, k, live, BITS, PER_WORD)
+    if bits:
+        code = _codes(packed + row * words, k, live, bits, per_word)
     else:
         code = tl.load(packed + row * words + k, mask=live, other=0).to(tl.int32)
     if index is not None:
         group = tl.load(index + k, mask=live, other=0)
     else:
-        group = k // GROUP if GROUP else k * 0
+        group = k // group_size if group_size else k * 0
     group += row * groups
     if zero_point is not None:
         code -= tl.load(zero_point + group, mask=live, other=0).to(tl.int32)

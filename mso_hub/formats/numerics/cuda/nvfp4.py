@@ -29,7 +29,7 @@ from mso_hub.formats.numerics.cuda.nvfp4_search import (
     powers_or_best,
     settle,
 )
-from mso_hub.formats.numerics.nvfp4_search import SEARCHES
+from mso_hub.formats.numerics.nvfp4 import SEARCHES
 
 GROUP_SIZE = 16
 
@@ -59,7 +59,16 @@ def encode(values: Tensor, global_scale: float, *, search: str = "absmax") -> tu
     stored = loadable(values)
     if scale.numel():
         grid = (triton.cdiv(scale.numel(), _TILE),)
-        _encode[grid](stored, scalar(global_scale, values), packed, scale, scale.numel(), SEARCH=SEARCHES.index(search), TILE=_TILE, **EXACT)
+        _encode[grid](
+            stored,
+            scalar(global_scale, values),
+            packed,
+            scale,
+            scale.numel(),
+            search=SEARCHES.index(search),
+            tile=_TILE,
+            **EXACT,
+        )
     return packed, scale
 
 
@@ -100,7 +109,7 @@ def _decode_as(packed: Tensor, scale: Tensor, factor: float, dtype: torch.dtype,
         grid = (triton.cdiv(scale.numel(), _TILE),)
         codes, scales, target = packed.contiguous(), scale.contiguous(), loadable(out)
         factors = scalar(factor, packed)
-        _decode[grid](codes, scales, factors, target, scale.numel(), DIVIDED=divided, TILE=_TILE, **EXACT)
+        _decode[grid](codes, scales, factors, target, scale.numel(), divided=divided, tile=_TILE, **EXACT)
     return out
 
 
@@ -111,39 +120,39 @@ def _encode(
     packed: tl.tensor,
     scale: tl.tensor,
     blocks: tl.tensor,
-    SEARCH: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
+    search: tl.constexpr,
+    tile: tl.constexpr,
 ) -> None:
-    """Fill packed [8 * blocks] and scale [blocks] from x [16 * blocks]; SEARCH is a number in SEARCHES."""
-    block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    """Fill packed [8 * blocks] and scale [blocks] from x [16 * blocks]; search is a number in SEARCHES."""
+    block = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
     live = block < blocks
     values = load_f32(x + block[:, None] * 16 + tl.arange(0, 16)[None, :], live[:, None])
     g = tl.load(global_scale)
     bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered like the magnitudes
     largest = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
     codes = absmax_codes(largest, g)
-    if SEARCH == 1:
+    if search == 1:
         codes = best_of_nine(x + block * 16, live, largest, g, codes)
-    if SEARCH == 2:
+    if search == 2:
         codes = best_of_two(x + block * 16, live, largest, g, codes)
-    if SEARCH == 3:
+    if search == 3:
         codes = powers_or_best(x + block * 16, live, values, largest, g, codes)
     q = e2m1_codes(values, (e4m3_to_f32(codes) * g)[:, None])
-    if SEARCH > 0:
+    if search > 0:
         codes, q = settle(codes, q)
     tl.store(scale + block, codes.to(tl.uint8), mask=live)
-    low, high = tl.split(tl.reshape(q, (TILE, 8, 2)))
+    low, high = tl.split(tl.reshape(q, (tile, 8, 2)))
     byte = (low | (high << 4)).to(tl.uint8)
     tl.store(packed + block[:, None] * 8 + tl.arange(0, 8)[None, :], byte, mask=live[:, None])
 
 
 @triton.jit
-def _e2m1_values(code: tl.tensor, NEGATIVE_ZERO: tl.constexpr) -> tl.tensor:  # noqa: N803
+def _e2m1_values(code: tl.tensor, negative_zero: tl.constexpr) -> tl.tensor:
     """float32 values of int32 E2M1 codes; code 8 is -0.0 or +0.0."""
     m = code & 7
     bits = tl.where(m < 2, m * 0x3F000000, ((m >> 1) + 126 << 23) | ((m & 1) << 22))
     sign = (code & 8) << 28
-    if not NEGATIVE_ZERO:
+    if not negative_zero:
         sign = tl.where(m == 0, 0, sign)
     return (bits | sign).to(tl.float32, bitcast=True)
 
@@ -155,15 +164,15 @@ def _decode(
     factor: tl.tensor,
     out: tl.tensor,
     blocks: tl.tensor,
-    DIVIDED: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
+    divided: tl.constexpr,
+    tile: tl.constexpr,
 ) -> None:
     """Fill out [16 * blocks] from packed [8 * blocks] and scale [blocks]."""
-    block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    block = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
     live = block < blocks
     step = e4m3_to_f32(tl.load(scale + block, mask=live, other=0))
-    step = tl.div_rn(step, tl.load(factor)) if DIVIDED else step * tl.load(factor)
+    step = tl.div_rn(step, tl.load(factor)) if divided else step * tl.load(factor)
     byte = tl.load(packed + block[:, None] * 8 + tl.arange(0, 8)[None, :], mask=live[:, None], other=0).to(tl.int32)
-    code = tl.reshape(tl.join(byte & 15, byte >> 4), (TILE, 16))
-    value = _e2m1_values(code, DIVIDED) * step[:, None]
+    code = tl.reshape(tl.join(byte & 15, byte >> 4), (tile, 16))
+    value = _e2m1_values(code, divided) * step[:, None]
     store_f32(out + block[:, None] * 16 + tl.arange(0, 16)[None, :], value, live[:, None])

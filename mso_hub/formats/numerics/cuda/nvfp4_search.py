@@ -54,13 +54,13 @@ def _squared_errors(blocks: tl.tensor, live: tl.tensor, steps: tl.tensor) -> tl.
 
 
 @triton.jit
-def _reaches_four(largest: tl.tensor, code: tl.tensor, global_scale: tl.tensor) -> tl.tensor:
-    """Whether the largest number of a block becomes 4 or 6 under a scale code."""
-    return tl.div_rn(largest, e4m3_to_f32(code) * global_scale) >= 3.5
+def _leaves_four(largest: tl.tensor, step: tl.tensor) -> tl.tensor:
+    """Whether the largest number of a block becomes neither 4 nor 6 under a step."""
+    return tl.div_rn(largest, step) < 3.5
 
 
 @triton.jit
-def _one_for_nothing(largest: tl.tensor, global_scale: tl.tensor, codes: tl.tensor) -> tl.tensor:
+def _lift_zeros(largest: tl.tensor, global_scale: tl.tensor, codes: tl.tensor) -> tl.tensor:
     """The absmax codes, but 1.0 for blocks that become 0."""
     nothing = (codes == 1) & (tl.div_rn(largest, 0.001953125 * global_scale) <= 0.25)  # 2**-9
     return tl.where(nothing, _ONE, codes)
@@ -71,15 +71,12 @@ def best_of_nine(
     blocks: tl.tensor, live: tl.tensor, largest: tl.tensor, global_scale: tl.tensor, codes: tl.tensor
 ) -> tl.tensor:
     """The best of the neighbours -2 .. +6 of each absmax code; of equals the first, nearest first."""
-    codes = _one_for_nothing(largest, global_scale, codes)
-    bottom = tl.where(codes == _LARGEST, _LARGEST, tl.maximum(codes - 2, 1))
-    top = codes
-    for k in range(1, 7):
-        code = tl.minimum(codes + k, _LARGEST)
-        top = tl.where(_reaches_four(largest, code, global_scale), code, top)
+    codes = _lift_zeros(largest, global_scale, codes)
     i = tl.arange(0, 8)[None, :]
     offset = tl.where(i < 4, (i // 2 + 1) * (2 * (i % 2) - 1), i - 1)  # -1 1 -2 2 3 4 5 6
-    candidate = tl.minimum(tl.maximum(codes[:, None] + offset, bottom[:, None]), top[:, None])
+    own = codes[:, None] + i * 0
+    candidate = tl.where(own == _LARGEST, own, tl.minimum(tl.maximum(own + offset, 1), _LARGEST))
+    candidate = tl.where(_leaves_four(largest[:, None], e4m3_to_f32(candidate) * global_scale), own, candidate)
     first = _squared_errors(blocks, live, (e4m3_to_f32(codes) * global_scale)[:, None])
     errors = _squared_errors(blocks, live, e4m3_to_f32(candidate) * global_scale)
     errors = tl.where(errors < first, errors, float("inf"))
@@ -94,10 +91,10 @@ def best_of_two(
     blocks: tl.tensor, live: tl.tensor, largest: tl.tensor, global_scale: tl.tensor, codes: tl.tensor
 ) -> tl.tensor:
     """The absmax codes (amax becomes 6), or those for which amax becomes 4, where that has less error."""
-    codes = _one_for_nothing(largest, global_scale, codes)
+    codes = _lift_zeros(largest, global_scale, codes)
     s = tl.div_rn(largest, 4.0 * global_scale)
     other = e4m3_from_f32(tl.minimum(tl.maximum(s, 0.001953125), 448.0))
-    other = tl.where(_reaches_four(largest, other, global_scale), other, codes)
+    other = tl.where(_leaves_four(largest, e4m3_to_f32(other) * global_scale), codes, other)
     first = _squared_errors(blocks, live, (e4m3_to_f32(codes) * global_scale)[:, None])
     errors = _squared_errors(blocks, live, (e4m3_to_f32(other) * global_scale)[:, None])
     less = tl.max((errors < first).to(tl.int32), axis=1) == 1
