@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mso_hub.losses import ErrorTable
     from mso_hub.pipeline import convert, make_plan
     from mso_hub.plan import Plan, Recipe
+    from mso_hub.plan.like import recipe_like
+    from mso_hub.plan.recipe_file import read_recipe
     from mso_hub.sink import HubTarget, open_sink
     from mso_hub.source import open_source
     from mso_hub.verify import Report, compare_checkpoints, verify_checkpoint
@@ -59,6 +61,8 @@ _HOME = {
     "measure_errors": "assess",
     "open_sink": "sink",
     "open_source": "source",
+    "read_recipe": "plan.recipe_file",
+    "recipe_like": "plan.like",
     "verify_checkpoint": "verify",
 }
 
@@ -80,6 +84,8 @@ __all__ = [
     "measure_errors",
     "open_sink",
     "open_source",
+    "read_recipe",
+    "recipe_like",
     "verify_checkpoint",
 ]
 

@@ -90,7 +90,8 @@ def choose_formats(
 
     fallback     names from FORMATS or "bf16", each with its defaults, that follow the scheme of every rule
     max_nmse     a group takes the first scheme under which none of its weights has a larger NMSE
-    target_bits  the schemes with the least total squared error whose stored bits are on average at most this
+    target_bits  the schemes with the least total squared error whose stored bits are on average at most this; weights
+                 that no rule offers do not count
     table        JSON file of errors: read where it holds what is needed, else measured and written
     Give max_nmse or target_bits. Raises PlanError where nothing satisfies them, RecipeError for contradictions and for
     a table of another source, otherwise MsoError as `convert` does.
@@ -295,27 +296,19 @@ def _joined(known: Measured, found: Measured) -> Measured:
 
 
 def _choose(offer: _Offer, errors: ErrorTable, max_nmse: float | None, target_bits: float | None) -> Choice:
-    weights = {w.module: [] for members in offer.units.values() for w in members}  # type: dict[str, list[Weight]]
+    weights: dict[str, list[Weight]] = {}
     for weight in (weight for members in offer.units.values() for weight in members):
-        weights[weight.module].append(weight)
+        weights.setdefault(weight.module, []).append(weight)
     named = groups_of({key: [w.module for w in members] for key, members in offer.units.items()})
     groups = [
         _group(name, modules, [w for m in modules for w in weights[m]], offer, errors)
         for name, modules in named.items()
     ]
     if target_bits is not None:
-        spending = spend(groups, target_bits)
-        picks = spending.picks
-        nmse = spending.error / max(math.fsum(w.energy for w in errors.weights.values()), 1e-300)
-        outcome = (
-            f"{spending.nbits / sum(group.numbers for group in groups):.4g} bits on average, at most {target_bits:g} "
-            f"asked for; squared error {spending.error:.6g} ({percent(nmse)}), at best {spending.bound:.6g}: "
-            f"gap {100 * spending.gap:.2f} %"
-        )
+        energy = math.fsum(errors.weights[offer.name(w)].energy for members in weights.values() for w in members)
+        picks, outcome = _spent(groups, target_bits, energy)
     else:
-        picks = step_down(groups, max_nmse or 0.0)
-        worst = max(group.options[pick].worst for group, pick in zip(groups, picks, strict=True))
-        outcome = f"worst NMSE {percent(worst)}, at most {percent(max_nmse)} asked for"
+        picks, outcome = _stepped(groups, max_nmse or 0.0)
     options = [group.options[pick] for group, pick in zip(groups, picks, strict=True)]
     chosen: dict[Scheme, list[str]] = {scheme: [] for scheme in offer.order}
     for group, option in zip(groups, options, strict=True):
@@ -331,6 +324,24 @@ def _choose(offer: _Offer, errors: ErrorTable, max_nmse: float | None, target_bi
         tuple(_moves(offer, groups, options, max_nmse)),
         f"{outcome}\nweights: {counts}",
     )
+
+
+def _spent(groups: Sequence[Group], target_bits: float, energy: float) -> tuple[tuple[int, ...], str]:
+    """Choice within a budget, and what it comes to."""
+    spending = spend(groups, target_bits)
+    average = spending.nbits / sum(group.numbers for group in groups)
+    share = percent(spending.error / energy if energy > 0 else 0.0)
+    return spending.picks, (
+        f"{average:.4g} bits on average, at most {target_bits:g} asked for; squared error {spending.error:.6g} "
+        f"({share}), at best {spending.bound:.6g}: gap {100 * spending.gap:.2f} %"
+    )
+
+
+def _stepped(groups: Sequence[Group], limit: float) -> tuple[tuple[int, ...], str]:
+    """Choice under a limit of the NMSE, and what it comes to."""
+    picks = step_down(groups, limit)
+    worst = max(group.options[pick].worst for group, pick in zip(groups, picks, strict=True))
+    return picks, f"worst NMSE {percent(worst)}, at most {percent(limit)} asked for"
 
 
 def _group(name: str, modules: Sequence[str], members: Sequence[Weight], offer: _Offer, errors: ErrorTable) -> Group:

@@ -14,6 +14,7 @@ from mso_hub.formats.detect import quantization_configs
 from mso_hub.plan import Plan
 from mso_hub.plan.presets import ALIASES as PRESET_ALIASES
 from mso_hub.plan.presets import find_preset, near_preset, preset_comment, preset_names, preset_text
+from mso_hub.plan.recipe import LAYOUTS
 from mso_hub.plan.recipe_file import read_recipe
 from mso_hub.plan.summary import changes, kind_of, size
 from mso_hub.verify import Comparison, Report
@@ -180,27 +181,38 @@ def comparison_text(comparison: Comparison) -> str:
     return "\n\n".join(blocks)
 
 
-def formats_rows() -> list[tuple[str, str, str, str, str]]:
-    """A row for each format: name, what it is, layouts with their loaders, activations, choices."""
+def formats_rows() -> list[tuple[str, ...]]:
+    """A row for each format: name, what it is, what each layout has (W4A16, ...), group sizes, scale searches."""
     rows = []
     for name, entry in FORMATS.items():
         choices = entry.choices
-        layouts = "; ".join(f"{layout} ({runtimes})" for layout, runtimes in choices.loaders.items())
-        bits = sorted({bits for layout in choices.loaders for bits in choices.activations[layout]}, reverse=True)
-        groups = ["channel" if group == 0 else str(group) for group in choices.group_sizes]
-        options = [f"group_size {', '.join(groups)}"] if groups else []
-        options += ["symmetric or asymmetric"] if choices.asymmetric else []
-        options += [f"scale_search {', '.join(choices.searches)}"]
-        rows.append((name, entry.summary, layouts, ", ".join(f"A{b}" for b in bits), "; ".join(options)))
+        kinds = {layout: choices.activations[layout] for layout in choices.loaders}
+        cells = (" ".join(f"W{entry.bits}A{bits}" for bits in kinds.get(layout, ())) for layout in LAYOUTS)
+        groups = " ".join("row" if group == 0 else str(group) for group in choices.group_sizes)
+        zero = "symmetric or not" if choices.asymmetric else ""
+        rows.append((name, entry.summary, *cells, ", ".join(filter(None, (groups, zero))), " ".join(choices.searches)))
+    return rows
+
+
+def _loaders() -> list[tuple[str, str]]:
+    """Layout -> who loads it, and which formats only some of them do."""
+    rows = []
+    for layout in LAYOUTS:
+        by_loader: dict[str, list[str]] = {}
+        for name, entry in FORMATS.items():
+            if layout in entry.choices.loaders:
+                by_loader.setdefault(entry.choices.loaders[layout], []).append(name)
+        rows.append((layout, "; ".join(f"{who}: {' '.join(names)}" for who, names in by_loader.items())))
     return rows
 
 
 def formats_text() -> str:
     """What `mso-hub formats` prints."""
-    historic = [(name, f"historic name of {scheme.format}", "", "", "") for name, scheme in ALIASES.items()]
-    dense = (DENSE, "decoded, as `decompress` does", "dense", "", "")
+    historic = [(name, f"historic name of {scheme.format}", *[""] * 5) for name, scheme in ALIASES.items()]
+    dense = (DENSE, "decoded, as `decompress` does", *[""] * 5)
     return "\n\n".join([
-        table([*formats_rows(), *historic, dense], ("writes", "what", "layouts (loaders)", "activations", "choices")),
+        table([*formats_rows(), *historic, dense], ("writes", "what", *LAYOUTS, "group_size", "scale_search")),
+        table(_loaders(), ("layout", "loads in")),
         table(READABLE.items(), ("reads", "what")),
     ])  # fmt: skip
 

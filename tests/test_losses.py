@@ -145,7 +145,7 @@ def test_kinds_have_the_mean_and_worst_of_their_weights_and_the_ratio_of_their_s
     [
         *((Scheme(name), name) for name in FORMATS),
         (Scheme("nvfp4", activations=4, input_scale=1.0), "nvfp4"),
-        (Scheme("nvfp4", search="mse"), "nvfp4 search=mse"),
+        *((Scheme("nvfp4", search=s), f"nvfp4 search={s}") for s in FORMATS["nvfp4"].choices.searches[1:]),
         (Scheme("w4a16", group_size=0), "w4a16 group_size=0"),
         (Scheme("w4a16", group_size=128, symmetric=False), "w4a16 asymmetric"),
     ],

@@ -127,6 +127,21 @@ def test_killed_at_twenty_random_moments_the_bytes_are_those_of_an_uninterrupted
     assert kept >= 5
 
 
+@pytest.mark.parametrize(
+    "words", [("--format", "fp8"), ("--format", "w4a16", "--group_size", "32", "--asymmetric")], ids=["fp8", "w4a16"]
+)
+def test_a_killed_run_of_another_format_continues(words: tuple[str, ...], small: Example, tmp_path: Path) -> None:
+    """A scale that fused weights share over shards, and zero points of eight rows in a word, survive the cut."""
+    convert(small.source, tmp_path / "whole", *words, "--all_linear")
+    out = tmp_path / "out"
+    with paused(command("quantize", small.source, out, *words, "--all_linear")) as process:
+        process.kill()
+        process.wait()
+        assert not out.exists()
+    assert resumed(convert(small.source, out, *words, "--all_linear"))
+    assert digests(out) == digests(tmp_path / "whole")
+
+
 # --- the states between two system calls, built by hand ---------------------------------------------
 
 State = Callable[[Path, dict[str, Any]], list[str]]

@@ -19,26 +19,28 @@ __all__ = ["ALIASES", "DENSE", "FORMATS", "IMPORTED", "READABLE", "Choices", "En
 class Entry:
     """A row of the table of formats.
 
+    bits     width of a code
     summary  codes and scales in a few words
     choices  what it can be asked for
     build    scheme and layout -> encoder
     """
 
+    bits: int
     summary: str
     choices: Choices
     build: Callable[[Scheme, str], Format]
 
 
 FORMATS: dict[str, Entry] = {
-    "nvfp4": Entry("FP4, an E4M3 scale for 16 columns", NVFP4_CHOICES, Nvfp4.build),
-    "mxfp4": Entry("FP4, a power of two for 32 columns", MX_CHOICES["mxfp4"], Mx.build),
-    "mxfp8": Entry("FP8, a power of two for 32 columns", MX_CHOICES["mxfp8"], Mx.build),
-    "fp8": Entry("FP8, one scale a tensor", FP8_CHOICES["fp8"], Fp8.build),
-    "fp8_dynamic": Entry("FP8, one scale a row", FP8_CHOICES["fp8_dynamic"], Fp8.build),
-    "fp8_block": Entry("FP8, one scale for 128 x 128", FP8_CHOICES["fp8_block"], Fp8.build),
-    "w4a16": Entry("INT4, packed", INTEGER_CHOICES["w4a16"], Integer.build),
-    "w8a16": Entry("INT8, packed", INTEGER_CHOICES["w8a16"], Integer.build),
-    "int8": Entry("INT8, one scale a row", INTEGER_CHOICES["int8"], Integer.build),
+    "nvfp4": Entry(4, "FP4, an E4M3 scale for 16 columns", NVFP4_CHOICES, Nvfp4.build),
+    "mxfp4": Entry(4, "FP4, a power of two for 32 columns", MX_CHOICES["mxfp4"], Mx.build),
+    "mxfp8": Entry(8, "FP8, a power of two for 32 columns", MX_CHOICES["mxfp8"], Mx.build),
+    "fp8": Entry(8, "FP8, one scale a tensor", FP8_CHOICES["fp8"], Fp8.build),
+    "fp8_dynamic": Entry(8, "FP8, one scale a row", FP8_CHOICES["fp8_dynamic"], Fp8.build),
+    "fp8_block": Entry(8, "FP8, one scale for 128 x 128", FP8_CHOICES["fp8_block"], Fp8.build),
+    "w4a16": Entry(4, "INT4, packed", INTEGER_CHOICES["w4a16"], Integer.build),
+    "w8a16": Entry(8, "INT8, packed", INTEGER_CHOICES["w8a16"], Integer.build),
+    "int8": Entry(8, "INT8, one scale a row", INTEGER_CHOICES["int8"], Integer.build),
 }
 
 ALIASES = {"int4_awq": Scheme("w4a16", group_size=128, search="mse")}

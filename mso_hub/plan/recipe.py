@@ -203,6 +203,8 @@ class Recipe:
         values = [*self.input_amax.values(), *(scale for pair in self.kv_scales.values() for scale in pair)]
         if any(not 2.0**-126 <= value <= 2.0**126 for value in values):
             raise RecipeError(f"activation scales must be finite and > 0, got {min(values)} to {max(values)}")
+        if self.kv_cache and self.layout == "deepseek":
+            raise RecipeError(f"kv_cache: the layout {self.layout!r} has no word for it; leave it out")
         if self.kv_scales and not self.kv_cache:
             raise RecipeError(f"kv_scales: {len(self.kv_scales)} were given without kv_cache; add it")
 

@@ -194,7 +194,7 @@ def test_every_format_and_layout_is_pinned_above() -> None:
 
 @every_case
 @given(data=st.data())
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=10)
 def test_what_is_written_is_what_was_said(case: Case, data: st.DataObject) -> None:
     """Names, dtypes, shapes and sizes of a real output are `Format.outputs`, and it decodes to about the source."""
     files = data.draw(models(case))
@@ -230,7 +230,7 @@ LIMIT = {8: 0.01, 4: 0.25}
 
 @every_case
 @given(data=st.data())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=5)
 def test_packed_weights_in_the_wanted_format_are_copied(case: Case, data: st.DataObject) -> None:
     """Not decoded and not rounded again: the same job twice gives the same bytes, and the same announcement."""
     first = written(data.draw(models(case)), case.recipe)
@@ -242,7 +242,7 @@ def test_packed_weights_in_the_wanted_format_are_copied(case: Case, data: st.Dat
 
 @every_case
 @given(data=st.data())
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=10)
 def test_decoding_and_encoding_again_changes_nothing(case: Case, data: st.DataObject) -> None:
     """Through BF16, F16 or F32, as the model has it: the second encoding finds the codes and scales of the first."""
     files = data.draw(models(case))

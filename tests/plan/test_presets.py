@@ -30,6 +30,7 @@ EXPERTS = ("nvfp4_experts_only", "w4a16_g32_experts", "mxfp8_nvfp4_experts", "nv
            "nvfp4_experts_fp8_block_attention")  # fmt: skip
 """Presets that a dense model has nothing for."""
 LAYERS = 6
+Shapes = dict[str, tuple[int, ...]]
 
 
 def model(folder: Path, *, moe: bool) -> Path:
@@ -51,15 +52,16 @@ def model(folder: Path, *, moe: bool) -> Path:
 
 def hybrid(folder: Path) -> Path:
     """As Nemotron-H: one mixer a layer, Mamba, attention or experts with a latent projection."""
-    mamba = {"in_proj": (HIDDEN, HIDDEN), "out_proj": (HIDDEN, HIDDEN), "conv1d": (HIDDEN, 1, 4)}
-    attention = {f"{leaf}_proj": (HIDDEN, HIDDEN) for leaf in "qkvo"}
-    experts = {
+    mamba: Shapes = {"in_proj": (HIDDEN, HIDDEN), "out_proj": (HIDDEN, HIDDEN), "conv1d": (HIDDEN, 1, 4)}
+    attention: Shapes = {f"{leaf}_proj": (HIDDEN, HIDDEN) for leaf in "qkvo"}
+    experts: Shapes = {
         f"{part}.{leaf}": (HIDDEN, HIDDEN)
         for part in ("experts.0", "experts.1", "shared_experts") for leaf in ("up_proj", "down_proj")
     }  # fmt: skip
     latent = {"fc1_latent_proj": (HIDDEN, HIDDEN), "fc2_latent_proj": (HIDDEN, HIDDEN), "gate": (2, HIDDEN)}
     shapes: dict[str, tuple[int, ...]] = {"backbone.embeddings": (8, HIDDEN), "lm_head": (8, HIDDEN)}
-    for layer, mixer in enumerate((mamba, attention, experts | latent)):
+    mixers: tuple[Shapes, ...] = (mamba, attention, {**experts, **latent})
+    for layer, mixer in enumerate(mixers):
         shapes |= {f"backbone.layers.{layer}.mixer.{name}": shape for name, shape in mixer.items()}
     config = {"model_type": "nemotron_h", **base_config(HIDDEN, 3, 8, torch.bfloat16)}
     return write_checkpoint(folder, in_shards(weights(shapes, torch.bfloat16, 0), 1), config)
@@ -122,7 +124,7 @@ def test_a_preset_says_what_it_is_and_works(name: str, sources: dict[str, Path])
 def test_a_dense_model_is_quantized_or_refused(name: str, sources: dict[str, Path]) -> None:
     """Never is nothing quantized, and no attention alone where the experts were meant."""
     if name in EXPERTS:
-        with pytest.raises(PlanError, match="no rule of the recipe covers a weight here|matches no weight"):
+        with pytest.raises(PlanError, match=r"no rule of the recipe covers a weight here|matches no weight"):
             make_plan(sources["dense"], read_recipe(name))
     else:
         assert "model.layers.0.mlp.up_proj" in make_plan(sources["dense"], read_recipe(name)).formats

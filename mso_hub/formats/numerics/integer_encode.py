@@ -35,6 +35,8 @@ from mso_hub.formats.numerics.kernel import kernel
 SEARCHES = ("absmax", "mse")
 """How a scale is chosen: from the largest magnitude (or both ends), or by trying several."""
 
+_TILE = 2048  # numbers, or a group if that is more: the steps work on what is in the cache
+_ZERO, _EXACT, _ROUNDED = 0, 1, 2
 _EPS = {"F32": 2.0**-23, "BF16": 2.0**-7, "F16": 2.0**-10}
 
 
@@ -80,9 +82,9 @@ def encode(
     codes = np.empty((rows, cols), np.int8)
     scale, zero_point = np.empty((rows, cols // size), np.float32), np.empty((rows, cols // size), np.int8)
     tried = grid(bits, symmetric=symmetric) if search == "mse" else np.empty(0, np.float32)
-    precisions, eps = (PRECISION[dtype], PRECISION[scale_dtype]), np.float32(_EPS[scale_dtype])
-    bits_in = flat_bits(values, dtype).reshape(rows, cols)
-    bad = _encode(bits_in, bits, symmetric, *precisions, eps, tried, codes, scale, zero_point)
+    options = (bits, symmetric, PRECISION[dtype], PRECISION[scale_dtype])
+    out = (codes.reshape(-1).view(np.uint8), scale.reshape(-1), zero_point.reshape(-1))
+    bad = _encode(flat_bits(values, dtype), size, options, np.float32(_EPS[scale_dtype]), tried, *out)
     if bad >= 0:
         row, group = divmod(bad, cols // size)
         part = values[row, group * size : (group + 1) * size]
@@ -127,7 +129,7 @@ def _message(row: int, group: int, values: Array, dtype: str, scale_dtype: str) 
 
 @kernel
 def _load(bits_in: Array, precision: int, x: Array) -> None:
-    """Widen one row of any dtype into x, the uint32 bits of float32."""
+    """Widen numbers of any dtype into x, the uint32 bits of float32."""
     if precision == 2:
         load_f16(bits_in, x)
     else:
@@ -143,14 +145,7 @@ def _ends(x: Array) -> tuple[np.float32, np.float32, np.float32]:
     largest unsigned integer.
     """
     low, high, least = np.int32(0), np.int32(0), np.uint32(0xFFFFFFFF)
-    whole = x.size // LANES * LANES
-    for start in range(0, whole, LANES):
-        for j in range(LANES):
-            key = np.int32(x[start + j])
-            key ^= (key >> np.int32(31)) & np.int32(0x7FFFFFFF)
-            low, high = min(low, key), max(high, key)
-            least = min(least, np.uint32(np.uint32(x[start + j] & np.uint32(0x7FFFFFFF)) - np.uint32(1)))
-    for i in range(whole, x.size):
+    for i in range(x.size):
         key = np.int32(x[i])
         key ^= (key >> np.int32(31)) & np.int32(0x7FFFFFFF)
         low, high = min(low, key), max(high, key)
@@ -161,41 +156,27 @@ def _ends(x: Array) -> tuple[np.float32, np.float32, np.float32]:
 
 
 @kernel
-def _quantize(x: Array, scale: np.float32, zero_point: np.float32, bits: int, codes: Array) -> None:
-    """Codes [n] uint8 (bits of int8) of x [n] float32, as `integer_search.code_of`."""
+def _quantize(x: Array, scale: Array, zero_point: Array, bits: int, codes: Array) -> None:
+    """Codes [n] uint8 (bits of int8) of x [n] under scale and zero_point [n], as `integer_search.code_of`."""
     lowest = np.float32(-(1 << (bits - 1)))
     highest = np.float32(-lowest - np.float32(1))
-    whole = x.size // LANES * LANES
-    for start in range(0, whole, LANES):
-        for j in range(LANES):
-            y = np.float32(np.float32(x[start + j] / scale) + zero_point)
-            u = np.float32(min(max(y, lowest), highest) + BIG).view(np.uint32)
-            codes[start + j] = np.uint8(u & np.uint32(0xFF))
-    for i in range(whole, x.size):
-        y = np.float32(np.float32(x[i] / scale) + zero_point)
+    for i in range(x.size):
+        y = np.float32(np.float32(x[i] / scale[i]) + zero_point[i])
         codes[i] = np.uint8(np.float32(min(max(y, lowest), highest) + BIG).view(np.uint32) & np.uint32(0xFF))
 
 
 @kernel
-def _decode(codes: Array, scale: np.float32, zero_point: np.float32, precision: int, y: Array) -> None:
-    """Image y [n] float32 of codes [n] uint8 (bits of int8)."""
-    whole = y.size // LANES * LANES
-    for start in range(0, whole, LANES):
-        for j in range(LANES):
-            y[start + j] = np.float32(np.float32(np.int8(codes[start + j])) - zero_point) * scale
-    for i in range(whole, y.size):
-        y[i] = np.float32(np.float32(np.int8(codes[i])) - zero_point) * scale
-    if precision == 2:
-        for i in range(y.size):
-            y[i] = round_f32(y[i], precision)
+def _decode(codes: Array, scale: Array, zero_point: Array, precision: int, y: Array) -> None:
+    """Images y [n] float32 of codes [n] uint8 (bits of int8) under scale and zero_point [n]."""
+    for i in range(y.size):
+        y[i] = np.float32(np.float32(np.int8(codes[i])) - zero_point[i]) * scale[i]
     if precision == 1:
         u = y.view(np.uint32)
-        for start in range(0, whole, LANES):
-            for j in range(LANES):
-                v = u[start + j]
-                even = np.uint32(v >> np.uint32(16)) & np.uint32(1)
-                u[start + j] = np.uint32(v + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF0000)
-        for i in range(whole, y.size):
+        for i in range(y.size):
+            even = np.uint32(u[i] >> np.uint32(16)) & np.uint32(1)
+            u[i] = np.uint32(u[i] + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF0000)
+    elif precision == 2:
+        for i in range(y.size):
             y[i] = round_f32(y[i], precision)
 
 
@@ -207,58 +188,95 @@ def _exact_codes(y: Array, scale: np.float32, zero_point: np.float32, bits: int,
 
 
 @kernel
+def _choose(
+    x: Array, size: int, options: tuple[int, bool, int, int], eps: np.float32, tried: Array, scales: Array, kinds: Array
+) -> int:
+    """Fill scales [2, groups], scales and zero points, for the groups of `size` numbers in x (uint32 bits of float32).
+
+    kinds [groups]  _ZERO, _EXACT or _ROUNDED
+    Returns the first group whose scale cannot be stored, or -1.
+    """
+    padded, lanes = np.zeros(-(-size // LANES) * LANES, np.float32), np.empty(LANES, np.float64)
+    for group in range(x.size // size):
+        bits_of = x[group * size : (group + 1) * size]
+        part, ends = bits_of.view(np.float32), _ends(bits_of)
+        if ends[0] == 0 and ends[1] == 0:
+            scales[0, group], scales[1, group], kinds[group] = eps, 0, _ZERO
+            continue
+        chosen, kinds[group] = find(part, ends, *options, (np.float32(0.0), np.float32(0.0))), _EXACT
+        if chosen[0] == 0:
+            kinds[group] = _ROUNDED
+            if tried.size:
+                padded[:size] = part
+                chosen = best(padded, ends, *options, tried, lanes)
+            else:
+                chosen = scale_over(span(ends[0], ends[1], options[0], options[1]), ends[0], *options)
+        if chosen[0] == 0:
+            return group
+        scales[0, group], scales[1, group] = chosen
+    return -1
+
+
+@kernel
+def _settle(
+    x: Array, y: Array, size: int, options: tuple[int, bool, int, int], scales: Array, kinds: Array, codes: Array
+) -> None:
+    """Give the groups with numbers x and images y the scales and codes that encoding y gives; see `integer_search`."""
+    bits, symmetric, precision, _ = options
+    certain = is_certain(bits, symmetric, precision)
+    for group in range(y.size // size):
+        if kinds[group] == _ZERO or (kinds[group] == _EXACT and certain):
+            continue
+        begin, end = group * size, (group + 1) * size
+        part, to = x[begin:end] if kinds[group] == _EXACT else y[begin:end], codes[begin:end]
+        guess = (scales[0, group], scales[1, group])
+        chosen = guess
+        if kinds[group] == _ROUNDED:
+            chosen = find(part, _ends(part.view(np.uint32)), *options, guess)
+        if chosen[0] > 0 and (chosen != guess or not certain):
+            scales[0, group], scales[1, group] = chosen
+            _exact_codes(part, chosen[0], chosen[1], bits, precision, to)
+
+
+@kernel
 def _encode(
     bits_in: Array,
-    bits: int,
-    symmetric: bool,
-    precision: int,
-    scale_precision: int,
+    size: int,
+    options: tuple[int, bool, int, int],
     eps: np.float32,
     tried: Array,
     codes: Array,
     scale: Array,
     zero_point: Array,
 ) -> int:
-    """Fill codes [rows, cols], scale and zero_point [rows, groups] from bits_in [rows, cols], row by row.
+    """Fill codes [n], scale and zero_point [n / size] from bits_in [n], some groups at a time.
 
-    Returns the number of the first group whose scale cannot be stored, counted through all rows, or -1.
+    options  bits, symmetric, precision, precision of scales
+    Returns the first group whose scale cannot be stored, or -1.
     """
-    groups = scale.shape[1]
-    size = bits_in.shape[1] // groups
-    x, y = np.empty(bits_in.shape[1], np.uint32), np.empty(size, np.float32)
-    padded, lanes = np.zeros(-(-size // LANES) * LANES, np.float32), np.empty(LANES, np.float64)
-    nothing = (np.float32(0.0), np.float32(0.0))
-    certain = is_certain(bits, symmetric, precision)
-    options = (bits, symmetric, precision, scale_precision)
-    for row in range(bits_in.shape[0]):
-        _load(bits_in[row], precision, x)
-        for group in range(groups):
-            begin, end = group * size, (group + 1) * size
-            part, to = x[begin:end].view(np.float32), codes[row, begin:end].view(np.uint8)
-            ends = _ends(x[begin:end])
-            if ends[0] == 0 and ends[1] == 0:
-                to[:] = 0
-                scale[row, group], zero_point[row, group] = eps, 0
-                continue
-            chosen = find(part, ends, *options, nothing)
-            if chosen[0] > 0:
-                _exact_codes(part, chosen[0], chosen[1], bits, precision, to)
-            else:
-                if tried.size:
-                    padded[:size] = part
-                    guess = best(padded, ends, *options, tried, lanes)
-                else:
-                    guess = scale_over(span(ends[0], ends[1], bits, symmetric), ends[0], *options)
-                if guess[0] == 0:
-                    return row * groups + group
-                _quantize(part, guess[0], guess[1], bits, to)
-                _decode(to, guess[0], guess[1], precision, y)
-                chosen = find(y, _ends(y.view(np.uint32)), *options, guess)
-                if chosen[0] == 0:
-                    chosen = guess
-                elif chosen != guess or not certain:
-                    _exact_codes(y, chosen[0], chosen[1], bits, precision, to)
-            scale[row, group], zero_point[row, group] = chosen[0], np.int8(chosen[1])
+    tile = max(1, _TILE // size) * size
+    x, y = np.empty(tile, np.uint32), np.empty(tile, np.float32)
+    wide, scales, kinds = (
+        np.empty((2, tile), np.float32),
+        np.empty((2, tile // size), np.float32),
+        np.empty(tile // size),
+    )
+    for start in range(0, bits_in.size, tile):
+        stop = min(start + tile, bits_in.size)
+        n, first = stop - start, start // size
+        _load(bits_in[start:stop], options[2], x[:n])
+        bad = _choose(x[:n], size, options, eps, tried, scales, kinds)
+        if bad >= 0:
+            return first + bad
+        for group in range(n // size):
+            wide[0, group * size : (group + 1) * size] = scales[0, group]
+            wide[1, group * size : (group + 1) * size] = scales[1, group]
+        to = codes[start:stop]
+        _quantize(x[:n].view(np.float32), wide[0, :n], wide[1, :n], options[0], to)
+        _decode(to, wide[0, :n], wide[1, :n], options[2], y[:n])
+        _settle(x[:n].view(np.float32), y[:n], size, options, scales, kinds, to)
+        for group in range(n // size):
+            scale[first + group], zero_point[first + group] = scales[0, group], np.int8(scales[1, group])
     return -1
 
 

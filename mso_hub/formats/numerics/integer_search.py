@@ -150,10 +150,12 @@ def _reproduces(x: Array, bits: int, precision: int, scale: np.float32, zero_poi
 
 
 @kernel
-def _may_be_multiple(value: np.float32, most: np.float32, code: int, precision: int) -> bool:
-    """False when value / scale is too far from an integer for any scale that makes `most` of this code."""
-    y = np.float32(value / most) * np.float32(code)
-    step = np.float32(_SMALLEST[precision] / most)
+def _may_be_multiple(ratio: np.float32, step: np.float32, code: int, precision: int) -> bool:
+    """False when a number is too far from an integer times any scale that makes the largest magnitude of this code.
+
+    ratio, step  the number, and the smallest number of the dtype, over the largest magnitude
+    """
+    y = np.float32(ratio * np.float32(code))
     slack = np.float32(y * np.float32(_ROUNDING[precision] + step)) + np.float32(step * np.float32(code))
     return bool(np.float32(abs(y - rint(y))) <= slack)
 
@@ -190,11 +192,12 @@ def find(
     """
     low, high, least = ends
     most = max(high, np.float32(-low))
+    ratio, step = np.float32(least / most), np.float32(_SMALLEST[precision] / most)
     first, last = _codes_of_most(low, high, bits, symmetric, precision)
     for code in range(first, last - 1, -1):
         if symmetric and code == 1 << (bits - 1) and -low != most:
             continue
-        if not _may_be_multiple(least, most, code, precision):
+        if not _may_be_multiple(ratio, step, code, precision):
             continue
         center = np.float32(most / np.float32(code))
         for steps in (0, -1, 1):

@@ -5,6 +5,7 @@ Every test runs twice: under Triton's interpreter, which needs no GPU, and on a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mso_hub.formats.numerics import floats, fp8, integer, nvfp4
+from mso_hub.formats.numerics import floats, fp8, integer, integer_encode, nvfp4
 from tests.formats.numerics.cuda_worker import Kernels
 from tests.formats.numerics.strategies import DTYPES, all_finite, bits_type, finite, gaussian, matrices
 
@@ -56,6 +57,8 @@ def mixture(dtype: str, rows: int, cols: int, seed: int = 0) -> floats.Array:
 def assert_same(ours: Any, theirs: Any) -> None:
     """Equal bits; a NaN may be any NaN."""
     for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (ours, theirs)), strict=True):
+        if a is b is None:
+            continue
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         np.testing.assert_array_equal(canonical(a), canonical(b))
@@ -130,20 +133,20 @@ def test_nvfp4_decodes_the_same(kernels: Kernels, dtype: str, factor: float) -> 
     assert_same(kernels("nvfp4.decode_divided", packed, scale, factor, dtype), theirs)
 
 
-def fp8_encode(
-    kernels: Kernels, values: floats.Array, dtype: str, scale_dtype: str, size: tuple[int, int] | None, search: str
-) -> tuple[floats.Array, floats.Array] | None:
+def encode_both(
+    kernels: Kernels, name: str, values: floats.Array, dtype: str, *rest: str, **options: Any
+) -> tuple[floats.Array, ...] | None:
     """What numba makes, after the comparison; None when both refuse the matrix with the same words."""
-    name, options = ("encode_rows", {}) if size is None else ("encode_blocks", {"size": size})
+    module, _, function = name.partition(".")
+    numba = {"fp8": fp8, "integer_encode": integer_encode}[module]
     try:
-        theirs = getattr(fp8, name)(values, dtype, scale_dtype, search=search, **options)
+        theirs = getattr(numba, function)(values, dtype, *rest, **options)
     except ValueError as error:
-        with pytest.raises(ValueError, match="can only store as 0 or infinity") as refused:
-            kernels(f"fp8.{name}", values, scale_dtype, search=search, **options)
-        assert str(refused.value).split(", which")[0] == str(error).split(", which")[0]
+        with pytest.raises(ValueError, match=re.escape(str(error).split("F32")[0].split("BF16")[0].split("F16")[0])):
+            kernels(name, values, *rest, **options)
         return None
-    assert_same(kernels(f"fp8.{name}", values, scale_dtype, search=search, **options), theirs)
-    return theirs
+    assert_same(kernels(name, values, *rest, **options), theirs)
+    return tuple(theirs)
 
 
 @pytest.mark.parametrize("search", fp8.SEARCHES)
@@ -166,29 +169,37 @@ def test_fp8_encodes_and_decodes_the_same(
 ) -> None:
     """Any bits, any cells, whole and partial; then the decoded matrix, which some scale reproduces."""
     values = data.draw(matrices(dtype, multiple=multiple))
-    encoded = fp8_encode(kernels, values, dtype, scale_dtype, size, search)
+    name, options = ("fp8.encode_rows", {}) if size is None else ("fp8.encode_blocks", {"size": size})
+    encoded = encode_both(kernels, name, values, dtype, scale_dtype, search=search, **options)
     if encoded:
+        codes, scale = encoded
         cells = size or (1, values.shape[1])
-        decoded = fp8.decode(*encoded, cells, dtype)
-        assert_same(kernels("fp8.decode", *encoded, cells, dtype), decoded)
-        assert fp8_encode(kernels, decoded, dtype, scale_dtype, size, search)
+        decoded = fp8.decode(codes, scale, cells, dtype)
+        assert_same(kernels("fp8.decode", codes, scale, cells, dtype), decoded)
+        assert encode_both(kernels, name, decoded, dtype, scale_dtype, search=search, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("size", "search"), [(None, "absmax"), (None, "mse"), ((128, 128), "absmax"), ((4, 70), "mse")]
+    ("size", "shape", "search"),
+    [
+        ((1, 2200), (6, 2200), "absmax"),
+        ((1, 2200), (3, 2200), "mse"),
+        ((128, 128), (140, 150), "absmax"),
+        ((128, 70), (130, 75), "mse"),
+    ],
 )
 def test_fp8_encodes_long_cells_the_same(
-    kernels: Kernels, dtype: str, size: tuple[int, int] | None, search: str
+    kernels: Kernels, dtype: str, size: tuple[int, int], shape: tuple[int, int], search: str
 ) -> None:
-    """Cells of several tiles and a rest; a number near the end decides that no scale reproduces a cell."""
-    values = gaussian((7, 2200), dtype) if size is None else gaussian((140, 150), dtype)
-    codes, scale = fp8_encode(kernels, values, dtype, "F32", size, search) or (None, None)
-    assert codes is not None
-    assert scale is not None
-    decoded = fp8.decode(codes, scale, size or (1, 2200), dtype)
-    decoded[-3:, -3:] = values[-3:, -3:]
-    assert fp8_encode(kernels, decoded, dtype, dtype, size, search)
+    """Cells of several tiles and a rest; then decoded ones, in which the last numbers fit no scale."""
+    values = gaussian(shape, dtype)
+    encoded = encode_both(kernels, "fp8.encode_blocks", values, dtype, "F32", size=size, search=search)
+    assert encoded is not None
+    codes, scale = encoded
+    decoded = fp8.decode(codes, scale, size, dtype)
+    decoded[-2:, -3:] = values[-2:, -3:]
+    assert encode_both(kernels, "fp8.encode_blocks", decoded, dtype, dtype, size=size, search=search)
 
 
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), scale=SCALES)
@@ -267,6 +278,82 @@ def random_integers(rng: np.random.Generator, shape: tuple[int, ...], kind: type
     """Any bits of an integer type."""
     limits = np.iinfo(kind)
     return rng.integers(limits.min, limits.max + 1, shape).astype(kind)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("search", integer_encode.SEARCHES)
+@given(
+    data=st.data(),
+    bits=st.sampled_from([2, 4, 8]),
+    group_size=st.sampled_from([None, 8, 16]),
+    dtype=st.sampled_from(DTYPES),
+    scale_dtype=st.sampled_from(DTYPES),
+)
+@FEW
+def test_integers_encode_the_same(
+    kernels: Kernels,
+    symmetric: bool,
+    search: str,
+    data: st.DataObject,
+    bits: int,
+    group_size: int | None,
+    dtype: str,
+    scale_dtype: str,
+) -> None:
+    """Any bits in any groups; then the decoded matrix, which some scale reproduces."""
+    values = data.draw(matrices(dtype))
+    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    options |= {"scale_dtype": scale_dtype, "search": search}
+    encoded = encode_both(kernels, "integer_encode.encode", values, dtype, **options)
+    if encoded:
+        codes, scale, zeros = encoded
+        decoded = integer.decode_int8(codes, scale, zeros, group_size=group_size, dtype=dtype)
+        if np.isfinite(floats.amax(decoded, dtype)):
+            assert encode_both(kernels, "integer_encode.encode", decoded, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "shape", "search"),
+    [
+        (4, 128, (35, 256), "absmax"),
+        (8, 32, (35, 96), "absmax"),
+        (8, None, (5, 1100), "absmax"),
+        (4, 32, (7, 96), "mse"),
+    ],
+)
+def test_integers_encode_many_groups_the_same(
+    kernels: Kernels,
+    bits: int,
+    group_size: int | None,
+    shape: tuple[int, int],
+    search: str,
+    symmetric: bool,
+    dtype: str,
+) -> None:
+    """Several tiles and a rest; then decoded ones, in which the last number fits no scale."""
+    values = mixture(dtype, *shape)
+    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": "F32", "search": search}
+    encoded = encode_both(kernels, "integer_encode.encode", values, dtype, **options)
+    assert encoded is not None
+    codes, scale, zeros = encoded
+    decoded = integer.decode_int8(codes, scale, zeros, group_size=group_size, dtype=dtype)
+    decoded[-1] = values[0]
+    decoded[-2, :-1] = decoded[0, :-1]
+    assert encode_both(kernels, "integer_encode.encode", decoded, dtype, **options | {"scale_dtype": dtype})
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_integers_are_packed_the_same(kernels: Kernels, bits: int) -> None:
+    """Along columns and, for zero points, along rows; several tiles of words and a rest."""
+    rng = np.random.default_rng(bits)
+    for shape in ((3, 45), (2, 2100 * 16 // bits)):
+        codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).astype(np.int8)
+        assert_same(kernels("integer_encode.pack", codes, bits), integer_encode.pack(codes, bits))
+        zeros = np.ascontiguousarray(codes.T)
+        packed = integer_encode.pack_zero_point(zeros, bits)
+        assert_same(kernels("integer_encode.pack_zero_point", zeros, bits), packed)
 
 
 @pytest.mark.parametrize(

@@ -223,10 +223,9 @@ def _decode(
         code = _codes(packed + row * words, k, live, bits, per_word)
     else:
         code = tl.load(packed + row * words + k, mask=live, other=0).to(tl.int32)
+    group = k // group_size if group_size else k * 0
     if index is not None:
         group = tl.load(index + k, mask=live, other=0)
-    else:
-        group = k // group_size if group_size else k * 0
     group += row * groups
     if zero_point is not None:
         code -= tl.load(zero_point + group, mask=live, other=0).to(tl.int32)

@@ -123,9 +123,8 @@ def _encode(
     low, high = _ends(x, size, live, tile_groups, tile)
     wanted = live & ((low < 0.0) | (high > 0.0))
     nothing = low * 0.0
-    exact, zero = find(
-        x, size, low, high, nothing, nothing, wanted, False, bits, symmetric, precision, scale_precision, tile
-    )  # fmt: skip
+    options = (bits, symmetric, precision, scale_precision, tile)
+    exact, zero = find(x, size, low, high, nothing, nothing, wanted, False, *options)  # noqa: FBT003
     wanted = wanted & (exact == 0.0)
     if mse:
         guess, guess_zero = best(
@@ -138,9 +137,7 @@ def _encode(
     wanted = wanted & (guess > 0.0)
     guess, guess_zero = tl.where(wanted, guess, 0.0), tl.where(wanted, guess_zero, 0.0)
     down, up = image(low, guess, guess_zero, bits, precision), image(high, guess, guess_zero, bits, precision)
-    settled, settled_zero = find(
-        x, size, down, up, guess, guess_zero, wanted, True, bits, symmetric, precision, scale_precision, tile
-    )  # fmt: skip
+    settled, settled_zero = find(x, size, down, up, guess, guess_zero, wanted, True, *options)  # noqa: FBT003
     chosen = tl.where(exact > 0.0, exact, tl.where(settled > 0.0, settled, guess))
     chosen_zero = tl.where(exact > 0.0, zero, tl.where(settled > 0.0, settled_zero, guess_zero))
     is_zero = live & (low == 0.0) & (high == 0.0)
@@ -149,9 +146,9 @@ def _encode(
     certain: tl.constexpr = precision != 1 or bits < 8 or symmetric
     same = certain & (settled == guess) & (settled_zero == guess_zero)
     plain = wanted & ((settled == 0.0) | same)
-    _store_codes(
-        x, codes + group * size, size, live, is_zero, guess, guess_zero, chosen, chosen_zero, plain, bits, precision, tile
-    )  # fmt: skip
+    codes += group * size
+    both = (guess, guess_zero, chosen, chosen_zero)
+    _store_codes(x, codes, size, live, is_zero, *both, plain, bits, precision, tile)
 
 
 @triton.jit

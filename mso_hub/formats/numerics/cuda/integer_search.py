@@ -189,7 +189,7 @@ def find(
     scale_precision: tl.constexpr,
     tile: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """First scale and zero point that reproduce each wanted group, or its image under the guess; scale 0 without any."""
+    """First scale and zero point that reproduce each wanted group, or its image under the guess; 0 without any."""
     top: tl.constexpr = 1 << (bits - 1)
     certain: tl.constexpr = has_guess and (precision != 1 or bits < 8 or symmetric)
     most = tl.maximum(high, -low)
@@ -289,7 +289,7 @@ def scale_over(
 def _squared_error(
     x: tl.tensor, size: tl.tensor, scale: tl.tensor, zero_point: tl.tensor, wanted: tl.tensor, bits: tl.constexpr
 ) -> tl.tensor:
-    """float64 [n]: number i of a group adds its squared error to lane i % 16, then the lanes are added in their order."""
+    """float64 [n]: number i of a group adds its squared error to lane i % 16, and then lane adds to lane."""
     lane = tl.arange(0, 16)[None, :]
     lanes = (scale[:, None] * 0.0 + lane * 0).to(tl.float64)
     for start in range(0, size, 16):
