@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mso_hub.engine import ThreadEngine
 from mso_hub.errors import RecipeError
 from mso_hub.events import Listener, ignore
 from mso_hub.formats import DENSE
@@ -13,12 +14,12 @@ from mso_hub.plan.reference import exclude_patterns
 from mso_hub.sink import open_sink
 
 
-def check_hardware(device: str, num_gpus: int) -> None:
-    """Refuse a GPU: the kernels of this version run on processors, and no flag is taken and ignored."""
-    if num_gpus != 0 or device not in ("cpu", "auto"):
+def check_hardware(num_gpus: int) -> None:
+    """Refuse several GPUs: no flag is taken and ignored."""
+    if num_gpus != 0:
         raise RecipeError(
-            f"device {device!r}, num_gpus {num_gpus}: this version computes on the CPU only; leave both out, the "
-            "bytes do not depend on the device"
+            f"num_gpus {num_gpus}: this version computes on processors or on one GPU; leave it out, or say --device "
+            "cuda:0; the bytes do not depend on the device"
         )
 
 
@@ -36,7 +37,7 @@ class StreamingQuantizer:
     mlp_only               True: feed-forward layers and experts; False: every linear layer
     exclude_config         config of a reference model (file or folder) whose exclude list is honoured
     block_size             16
-    device, num_gpus       "cpu" and 0; anything else is refused until GPU kernels are there
+    device, num_gpus       "cpu" or "auto", or "cuda:N" with the same bytes; 0
     resume                 continue an unfinished run; False starts over
     verbose                kept for old callers: progress goes to `on_event`
     calibrate, calib_size, calib_dataset   refused when `calibrate` is set: give `input_scale` instead
@@ -64,7 +65,7 @@ class StreamingQuantizer:
         on_event: Listener = ignore,
     ) -> None:
         check_block_size(block_size)
-        check_hardware(device, num_gpus)
+        check_hardware(num_gpus)
         if calibrate:
             raise RecipeError(
                 f"calibrate with {calib_size} samples of {calib_dataset}: this version does not run the model; pass "
@@ -78,12 +79,13 @@ class StreamingQuantizer:
             imported_ignore=tuple(exclude_patterns(exclude_config)) if exclude_config else (),
             input_scale=input_scale,
         )
+        self._engine = ThreadEngine(device=device)
         self._resume, self._on_event = resume, on_event if verbose else ignore
 
     def run(self) -> Plan:
         """Do it; raises MsoError."""
         sink = open_sink(self.output_dir, fresh=not self._resume)
-        return convert(self.input_dir, sink, self.recipe, on_event=self._on_event)
+        return convert(self.input_dir, sink, self.recipe, engine=self._engine, on_event=self._on_event)
 
 
 def decompress_model_incremental(
@@ -98,11 +100,11 @@ def decompress_model_incremental(
 ) -> Plan:
     """Write a packed checkpoint as BF16; continues an unfinished run unless `fresh`.
 
-    num_gpus   0; anything else is refused until GPU kernels are there
+    num_gpus   0: decoding runs on processors
     text_only  leave vision and audio parts out
     verbose    kept for old callers: progress goes to `on_event`
     """
-    check_hardware("cpu", num_gpus)
+    check_hardware(num_gpus)
     recipe = Recipe(scheme=DENSE, text_only=text_only)
     sink = open_sink(output_path, fresh=fresh)
     return convert(model_path, sink, recipe, on_event=on_event if verbose else ignore)

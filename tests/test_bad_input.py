@@ -20,7 +20,8 @@ from tests.helpers import INDEX, random_tensor, tensors_of, tiny_llama, tiny_moe
 from tests.running import command, digests, listing, paused, proceed, run, small_disk
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-UP = "model.layers.1.mlp.up_proj.weight"
+MODULE = "model.layers.1.mlp.up_proj"
+UP = f"{MODULE}.weight"
 Change = Callable[[Path], object]
 
 
@@ -142,15 +143,15 @@ def truncated(folder: Path) -> None:
     (folder / SECOND).write_bytes(raw[:-1000])
 
 
-def fp8(folder: Path) -> None:
-    """An FP8 checkpoint as DeepSeek publishes them."""
+def bitsandbytes(folder: Path) -> None:
+    """A checkpoint as bitsandbytes saves it: INT8 codes beside the largest magnitude of each row."""
     shard = tensors_of_file(folder / SECOND)
-    shard[UP] = shard[UP].to(torch.float8_e4m3fn)
-    shard[f"{UP}_scale_inv"] = torch.ones(1, 1)
+    shard[UP] = shard[UP].to(torch.int8)
+    shard[f"{MODULE}.SCB"] = torch.ones(128)
     save_file(shard, folder / SECOND)
-    index(lambda weight_map: weight_map.update({f"{UP}_scale_inv": SECOND}))(folder)
+    index(lambda weight_map: weight_map.update({f"{MODULE}.SCB": SECOND}))(folder)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -257,8 +258,8 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "NaN weights": (number(float("nan")), [UP, "must be finite", "found nan at row 7, column 11", "`ignore`"]),
     "Inf weights": (number(float("-inf")), [UP, "must be finite", "found -inf at row 7, column 11", "`ignore`"]),
     "quantized without a decoder": (
-        fp8,
-        ["already quantized in a format without a decoder", UP, "F8_E4M3", "[128, 64]", "mso-hub formats"],
+        bitsandbytes,
+        ["already quantized in a format without a decoder", UP, "I8", "[128, 64]", f"{MODULE}.SCB", "mso-hub formats"],
     ),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), ["config.json", "there is none"]),
     "a config that is no UTF-8": (

@@ -1,6 +1,6 @@
 """The program: every verb, every option in both spellings, messages, exit codes, and what goes to which stream.
 
-`python -m tests.test_cli` accepts the options as they are now into golden/cli_options.txt.
+`python -m tests.test_cli accept` accepts the options as they are now into golden/cli_options.txt.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from click.testing import CliRunner, Result
 
 import mso_hub
 from mso_hub.cli import main
+from mso_hub.formats import ALIASES, DENSE, FORMATS, READABLE
 from mso_hub.pipeline import convert, make_plan
 from mso_hub.plan import Recipe
+from mso_hub.plan.recipe import LAYOUTS
 from tests.helpers import tensors_of, tiny_llama, tiny_moe, write_checkpoint, write_files
 
 GOLDEN = Path(__file__).parent / "golden" / "cli_options.txt"
 VERBS = (
-    "quantize", "decompress", "extract", "extract-text", "inspect", "plan", "verify", "compare", "formats", "demo",
-    "card", "devhub",
+    "quantize", "decompress", "extract", "extract-text", "inspect", "plan", "errors", "verify", "compare", "formats",
+    "demo", "card", "devhub",
 )  # fmt: skip
 PROGRAMS = Path(sys.executable).parent
 
@@ -71,6 +73,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patterns = ["lm_head", "model.layers.0*", "*.mlp.gate", *(f"model.layers.{n}.nothing" for n in range(9))]
     content = {"quantization": {"exclude_modules": patterns}}
     return write_files(tmp_path_factory.mktemp("reference"), {"hf_quant_config.json": json.dumps(content).encode()})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of nothing but scales of a KV cache."""
+    tensors = {
+        f"model.layers.{n}.self_attn.{leaf}": torch.tensor([value])
+        for n in (0, 1) for leaf, value in (("k_scale", 0.5), ("v_scale", 0.25))
+    }  # fmt: skip
+    return write_checkpoint(tmp_path_factory.mktemp("cache") / "kv", {"model.safetensors": tensors})
 
 
 def parameters() -> Iterator[tuple[str, click.Parameter]]:
@@ -177,11 +189,12 @@ def test_verify_ends_with_two_when_something_is_wrong(packed: Path, source: Path
 
 
 def test_verify_takes_a_reference(packed: Path, source: Path, tmp_path: Path) -> None:
-    """Another checkpoint or ModelOpt."""
-    twin = tmp_path / "twin"
+    """Another checkpoint, or ModelOpt, which does not search scales."""
+    twin, theirs = tmp_path / "twin", tmp_path / "theirs"
     convert(source, twin, Recipe())
     assert f"byte for byte like {twin}:" in succeed("verify", packed, "--reference", twin).stdout
-    shown = succeed("verify", packed, "--source", source, "--reference", "modelopt").stdout
+    convert(source, theirs, Recipe(scale_search="absmax"))
+    shown = succeed("verify", theirs, "--source", source, "--reference", "modelopt").stdout
     assert "byte for byte like modelopt: 24 tensors" in shown
 
 
@@ -241,26 +254,33 @@ def test_extract_text_writes_the_language_model(tmp_path: Path) -> None:
 
 
 def test_formats_lists_what_works() -> None:
-    """Written and read."""
+    """Written and read: every name with what it can be asked for."""
     shown = succeed("formats").stdout
-    for name in ("nvfp4", "bf16", "pack-quantized", "modelopt NVFP4", "absmax, mse"):
-        assert name in shown
+    for name in (*FORMATS, *ALIASES, DENSE, *READABLE, *LAYOUTS, "mse absmax four_over_six"):
+        assert name in shown, name
 
 
 # -------------------------------------------------------------------------------------------------------- options
 
 
+INT4 = ["--format", "w4a16", "--group_size", "32"]
 SCHEME_OPTIONS: dict[str, tuple[list[str], Recipe]] = {
-    "format": (["nvfp4"], Recipe()),
+    "format": (["fp8_dynamic"], Recipe(scheme="fp8_dynamic")),
     "layout": (["modelopt"], Recipe(layout="modelopt")),
     "mlp_only": ([], Recipe(mode="mlp")),
     "all_linear": ([], Recipe(mode="all-linear")),
-    "targets": (["*.down_proj"], Recipe(targets=("*.down_proj",))),
+    "targets": (["*.experts"], Recipe(targets=("*.experts",))),
     "ignore": (["model.layers.1"], Recipe(ignore=("model.layers.1",))),
     "exclude": (["re:.*layers.1.*"], Recipe(ignore=("re:.*layers.1.*",))),
     "no_default_ignore": ([], Recipe(default_ignore=False)),
+    "skip_layers": (["0"], Recipe(skip_layers=("0",))),
+    "activations": (["4"], Recipe(activations=4)),
+    "group_size": (["32", "--format", "w4a16"], Recipe(scheme="w4a16", group_size=32)),
+    "symmetric": (INT4, Recipe(scheme="w4a16", group_size=32, symmetric=True)),
+    "asymmetric": (INT4, Recipe(scheme="w4a16", group_size=32, symmetric=False)),
     "input_scale": (["0.5"], Recipe(input_scale=0.5)),
-    "scale_search": (["mse"], Recipe(scale_search="mse")),
+    "scale_search": (["absmax"], Recipe(scale_search="absmax")),
+    "kv_cache": (["fp8"], Recipe(kv_cache=True)),
     "block_size": (["16"], Recipe()),
 }
 
@@ -276,9 +296,19 @@ def test_every_scheme_option_reaches_the_recipe(name: str, dashed: bool, source:
 
 
 def test_the_options_above_are_all_scheme_options(source: Path) -> None:
-    """Two more are tested on their own below and with multimodal models."""
-    elsewhere = {"exclude_config", "text_only", "source", "input_dir", "json"}
-    assert {p.name for p in main.commands["plan"].params} - elsewhere == set(SCHEME_OPTIONS)
+    """Those that read another checkpoint or a file are tested on their own, below and with recipes."""
+    elsewhere = {"exclude_config", "kv_scales", "recipe", "like", "text_only", "source", "input_dir", "json"}
+    assert {p.name for p in main.commands["plan"].params} - elsewhere == set(SCHEME_OPTIONS) - {"asymmetric"}
+
+
+@pytest.mark.parametrize("form", ["--kv_scales", "--kv-scales"])
+def test_scales_of_a_cache_reach_the_recipe(form: str, source: Path, cache: Path) -> None:
+    """Read from another checkpoint, whatever its layout."""
+    planned = json.loads(succeed("plan", source, "--kv_cache", "fp8", form, cache, "--json").stdout)
+    attention = [f"model.layers.{n}.self_attn" for n in (0, 1)]
+    recipe = Recipe(kv_cache=True, kv_scales=dict.fromkeys(attention, (0.5, 0.25)))
+    assert planned["job"] == make_plan(source, recipe).job
+    assert planned["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
 
 
 @pytest.mark.parametrize("form", ["--exclude_config", "--exclude-config"])
@@ -492,14 +522,21 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "calibration": (["quantize", "IN", "OUT", "--calibrate"], "--input_scale 1.0 needs no calibration"),
     "calibration size": (["quantize", "IN", "OUT", "--calib_size", "8"], "--calibrate: this version does not run"),
     "calibration text": (["quantize", "IN", "OUT", "--calib-dataset", "c4"], "--input_scale DIR takes the scales"),
-    "a GPU": (["quantize", "IN", "OUT", "--device", "cuda:0"], "computes on the CPU only; leave both out"),
-    "several GPUs": (["decompress", "IN", "OUT", "--num-gpus", "8"], "num_gpus 8: this version computes on the CPU"),
-    "a format that is none": (["quantize", "IN", "OUT", "--format", "fp8"], "format must be one of nvfp4, bf16"),
+    "a GPU that is not there": (["quantize", "IN", "OUT", "--device", "cuda:99"], "CUDA devices are here; leave it"),
+    "several GPUs": (["decompress", "IN", "OUT", "--num-gpus", "8"], "num_gpus 8: this version computes on"),
+    "a format that is none": (["quantize", "IN", "OUT", "--format", "int3"], "format must be one of nvfp4, mxfp4"),
     "a layout that is none": (["plan", "SOURCE", "--layout", "gguf"], "layout must be one of compressed-tensors, mod"),
-    "a search that is none": (["plan", "SOURCE", "--scale_search", "best"], "scale_search must be one of absmax, mse"),
+    "a search that is none": (["plan", "SOURCE", "--scale_search", "best"], "must be mse or absmax or four_over_six"),
     "a negative scale": (["plan", "SOURCE", "--input_scale=-1"], "input_scale must be a finite number > 0"),
-    "scales of nowhere": (["plan", "SOURCE", "--input_scale", "/nowhere"], "a checkpoint with input scales, found no"),
-    "scales of a dense model": (["plan", "SOURCE", "--input_scale", "SOURCE"], "a checkpoint with input scales, found"),
+    "scales of nowhere": (["plan", "SOURCE", "--input_scale", "/nowhere"], "a checkpoint with such scales, found none"),
+    "scales of a dense model": (["plan", "SOURCE", "--input_scale", "SOURCE"], "a checkpoint with such scales, found"),
+    "cache scales of nowhere": (["plan", "SOURCE", "--kv_cache", "fp8", "--kv_scales", "/no"], "such scales, found no"),
+    "cache scales without a cache": (["plan", "SOURCE", "--kv_scales", "KV"], "were given without kv_cache; add it"),
+    "a group of NVFP4": (["plan", "SOURCE", "--group_size", "32"], "group_size: nvfp4 has no choice of it, got 32"),
+    "asymmetric FP4": (["plan", "SOURCE", "--asymmetric"], "nvfp4 is always symmetric; leave --asymmetric out"),
+    "W4A8 NVFP4": (["plan", "SOURCE", "--activations", "8"], "no runtime loads NVFP4 weights with FP8 activations"),
+    "INT4 for ModelOpt": (["plan", "SOURCE", "--format", "w4a16", "--layout", "modelopt"], "no runtime loads integer"),
+    "groups that do not fit": (["plan", "SOURCE", "--format", "w4a16"], "choose another --group_size"),
     "a size that is none": (["quantize", "IN", "OUT", "--memory_budget", "many"], "needs a size like 512MiB or 2GB"),
     "an infinite size": (["quantize", "IN", "OUT", "--memory_budget", "inf"], "needs a size like 512MiB or 2GB"),
     "a huge size": (["quantize", "IN", "OUT", "--memory_budget", "1e999GB"], "needs a size like 512MiB or 2GB"),
@@ -507,7 +544,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "an ignore without a match": (["plan", "SOURCE", "--ignore", "typo*"], "ignore 'typo*' matches no weight"),
     "a target without a match": (["plan", "SOURCE", "--targets", "re:typo"], "targets 're:typo' matches no weight"),
     "a broken pattern": (["plan", "SOURCE", "--targets", "re:("], "'re:(' is not a regular expression"),
-    "half a unit": (["plan", "SOURCE", "--ignore", "*.up_proj"], "all or none can be quantized"),
+    "half a unit": (["plan", "SOURCE", "--ignore", "*.up_proj"], "so all must be stored alike"),
     "an exclude config of nowhere": (["plan", "SOURCE", "--exclude_config", "/nowhere"], "needs a quantization config"),
     "patterns of nowhere": (["extract", "--config", "/nowhere"], "needs a quantization config"),
     "patterns of a dense model": (["extract", "--config", "SOURCE"], "has none of the lists"),
@@ -531,11 +568,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refusals_are_one_message_and_exit_code_two(
-    kind: str, source: Path, packed: Path, reference: Path, tmp_path: Path
+    kind: str, source: Path, packed: Path, reference: Path, cache: Path, tmp_path: Path
 ) -> None:
     """On stderr, named, with a way out; nothing on stdout, no traceback, nothing written."""
     words, message = REFUSED[kind]
-    places = {"SOURCE": str(source), "PACKED": str(packed), "REFERENCE": str(reference)}
+    places = {"SOURCE": str(source), "PACKED": str(packed), "REFERENCE": str(reference), "KV": str(cache)}
     arguments: list[str] = []
     for word in words:
         if word in ("IN", "OUT"):
@@ -599,5 +636,5 @@ def test_the_module_runs_like_the_program(source: Path) -> None:
     assert json.loads(done.stdout)["model_type"] == "qwen3_moe"
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["accept"]:
     GOLDEN.write_text(options_text())

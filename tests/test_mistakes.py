@@ -93,10 +93,15 @@ def test_mistake_02_packed_bytes_are_never_passed_on_as_weights(tmp_path: Path) 
     found, original = tensors_of(tmp_path / "out"), tensors_of(source)
     assert {n: (t.dtype, t.shape) for n, t in found.items()} == {n: (t.dtype, t.shape) for n, t in original.items()}
     assert np.corrcoef(found[f"{UP}.weight"].float().flatten(), original[f"{UP}.weight"].float().flatten())[0, 1] > 0.99
-    fp8 = {f"{UP}.weight": torch.zeros(16, 16).to(torch.float8_e4m3fn), f"{UP}.weight_scale": torch.ones(1)}
+    fp8 = {f"{UP}.weight": torch.full((16, 16), 3.0).to(torch.float8_e4m3fn), f"{UP}.weight_scale": torch.tensor([0.5])}
     foreign = write_checkpoint(tmp_path / "fp8", {"model.safetensors": fp8}, {"model_type": "x"})
+    convert(foreign, tmp_path / "fp8-out", DENSE)
+    assert tensors_of(tmp_path / "fp8-out")[f"{UP}.weight"].unique().tolist() == [1.5]
+    fp8[f"{UP}.weight"] = fp8[f"{UP}.weight"].float().to(torch.float8_e5m2)
+    unknown = write_checkpoint(tmp_path / "unknown", {"model.safetensors": fp8}, {"model_type": "x"})
     with pytest.raises(PlanError, match="without a decoder"):
-        convert(foreign, tmp_path / "fp8-out", DENSE)
+        convert(unknown, tmp_path / "unknown-out", DENSE)
+    assert not (tmp_path / "unknown-out").exists()
 
 
 def test_mistake_03_a_shard_without_text_is_finished_not_missing(tmp_path: Path) -> None:

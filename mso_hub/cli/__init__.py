@@ -88,9 +88,9 @@ def execute(options: dict[str, Any], recipe: Recipe) -> None:
     from mso_hub.progress import Bar, listener
     from mso_hub.sink import open_sink
 
-    check_hardware(options["device"], options["num_gpus"])
+    check_hardware(options["num_gpus"])
     choice: Choice | None = options.get("choice")
-    engine = ThreadEngine(options["workers"], read_size(options["memory_budget"]))
+    engine = ThreadEngine(options["workers"], read_size(options["memory_budget"]), options["device"])
     show: Listener = listener("none" if options["quiet"] else options["progress"])
     target = hub_target(options, recipe)
     fresh = options["fresh"] or not options["resume"]

@@ -79,7 +79,7 @@ RUN = several(
         help="Bar, or one JSON event a line.",
     ),
     opt("quiet", is_flag=True, help="Print errors only."),
-    opt("device", default="cpu", hidden=True),
+    opt("device", default="cpu", metavar="NAME", help="cpu, or cuda:N for NVFP4, FP8 and integers [cpu]."),
     opt("num_gpus", type=int, default=0, hidden=True),
 )
 SCHEME = several(

@@ -25,6 +25,7 @@ import numpy as np
 from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.engine.distance import WHOLE, Distance, distance
 from mso_hub.errors import CheckpointError, MsoError, NonFiniteError, PlanError
+from mso_hub.formats.device import CPU, encoder, require_kernels
 from mso_hub.formats.nvfp4 import POWER, Nvfp4
 from mso_hub.formats.weight import Reader, Weight
 from mso_hub.plan import Plan, ShardPlan, Step
@@ -98,11 +99,14 @@ class ThreadEngine:
 
     workers  threads
     memory   bytes of numbers held at once; a unit above half of it is read twice instead of kept
+    device   where blocks are encoded: cpu, or cuda:N with the same bytes; RecipeError where there is none
     """
 
-    def __init__(self, workers: int | None = None, memory: int = MEMORY) -> None:
+    def __init__(self, workers: int | None = None, memory: int = MEMORY, device: str = CPU) -> None:
         self.workers = workers or default_workers()
         self.memory = memory
+        self.device = CPU if device == "auto" else device
+        self.encode = encoder(device)
 
     def run(
         self, plan: Plan, shards: Iterable[ShardPlan], read: Reader, notes: MutableMapping[str, float], *,
@@ -119,6 +123,7 @@ class ThreadEngine:
         abort    called when the run ends early, before its threads are waited for: they may wait for the network
         Raises NonFiniteError for NaN or Inf in a weight that is encoded or decoded.
         """
+        require_kernels(plan.formats.values(), self.device)
         with ThreadPoolExecutor(self.workers, thread_name_prefix="mso") as pool:
             run = _Run(plan, read, apart or read, notes, pool, self, once=once, measure=measure)
             try:
@@ -224,7 +229,7 @@ class _Run:
             if step.unit is None:
                 _require_finite(weight, values, dtype, block[0])
             try:
-                arrays = step.format.encode(values, dtype, step.dense, amax)
+                arrays = self._engine.encode(step.format, values, dtype, step.dense, amax)
             except ValueError as error:
                 raise PlanError(
                     f"{weight.name}: {step.format.name} cannot hold it: {error}; add it to `ignore`, or take another "

@@ -99,6 +99,14 @@ class Fp8(Format):
             )
         return None
 
+    @property
+    def expert_problem(self) -> str | None:
+        """vLLM's ModelOpt loader has experts with one scale a tensor only."""
+        if self.layout != "modelopt" or self.name == TENSOR:
+            return None
+        other = "compressed-tensors" if self.name == CHANNEL else "compressed-tensors or deepseek"
+        return f"no engine loads {self.name} experts in the layout modelopt; use the layout {other}, or another format"
+
     def outputs(self, module: str, shape: tuple[int, ...], dtype: str) -> tuple[TensorInfo, ...]:
         """`weight` and its scale."""
         codes = TensorInfo(f"{module}.weight", "F8_E4M3", shape)

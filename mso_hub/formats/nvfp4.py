@@ -98,7 +98,7 @@ class Nvfp4(Format):
         """Rows [r, K] -> codes U8 [r, K/2] (even column in the low nibble) and scales E4M3 bits [r, K/16]."""
         from mso_hub.formats.numerics import nvfp4
 
-        return nvfp4.encode(values, dtype, self._global_scale(amax), search=self.search)
+        return nvfp4.encode(values, dtype, self.global_scale(amax), search=self.search)
 
     def decode(self, arrays: tuple[Array, ...], columns: int, dense: str, amax: float) -> Array:
         """F32 [r, K]."""
@@ -107,7 +107,7 @@ class Nvfp4(Format):
         decode = nvfp4.decode if self.layout == "modelopt" else nvfp4.decode_divided
         return decode(arrays[0], arrays[1], self.scalars((), amax)[0][0], "F32")
 
-    def _global_scale(self, amax: float) -> np.float32:
+    def global_scale(self, amax: float) -> np.float32:
         """The unit's multiplier; 1.0 where its reciprocal, which compressed-tensors stores, would be infinite.
 
         That happens below amax 8e-36: the codes are all zero then.
@@ -125,7 +125,7 @@ class Nvfp4(Format):
 
     def scalars(self, shape: tuple[int, ...], amax: float) -> tuple[Array, ...]:
         """The global scale."""
-        return (np.array([self._stored(float(self._global_scale(amax)))], np.float32),)
+        return (np.array([self._stored(float(self.global_scale(amax)))], np.float32),)
 
     def input_output(self, module: str, scale: float) -> tuple[TensorInfo, float]:
         """input_scale, or input_global_scale with its reciprocal."""

@@ -89,6 +89,11 @@ class Format(ABC):
         """Why engines cannot fuse weights of these shapes in this order, or None."""
         return None
 
+    @property
+    def expert_problem(self) -> str | None:
+        """Why no engine loads experts stored this way, or None."""
+        return None
+
     @abstractmethod
     def outputs(self, module: str, shape: tuple[int, ...], dtype: str) -> tuple[TensorInfo, ...]:
         """Tensors that replace a weight: those of `encode` in order, then those of `scalars`.

@@ -266,6 +266,13 @@ def _split_units(formats: Mapping[str, Format], kept: Mapping[str, tuple[Weight,
     return problems
 
 
+def _expert_problems(formats: Mapping[str, Format]) -> list[str]:
+    """Banks of experts in a form that no engine loads."""
+    banks = {match["bank"]: form for module, form in formats.items() if (match := EXPERT.match(module))}
+    found = ((bank, form.expert_problem) for bank, form in banks.items())
+    return [f"{bank}: {problem}; or add it to `ignore`" for bank, problem in found if problem is not None]
+
+
 def _shape_problems(units_: Mapping[str, Sequence[Weight]], formats: Mapping[str, Format]) -> list[str]:
     """Units that engines cannot fuse because of their sizes."""
     found = ((key, formats[m[0].module].fused_problem([w.shape for w in m])) for key, m in units_.items() if len(m) > 1)
@@ -317,6 +324,7 @@ def select(
         f"{module}: {count} weights have this name; the checkpoint is damaged, remove the stale ones"
         for module, count in Counter(modules).items() if count > 1
     ]  # fmt: skip
+    problems += _expert_problems(formats)
     linear = {name: entry for name, entry in kept.items() if is_linear(entry[0])}
     split = _split_units(formats, linear)
     shared = units(chosen)

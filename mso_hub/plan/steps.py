@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mso_hub.checkpoint import TensorInfo
 from mso_hub.formats import IMPORTED, Format
 from mso_hub.formats.nvfp4 import POWER, Nvfp4
-from mso_hub.formats.weight import Weight
+from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.recipe import Recipe
 from mso_hub.plan.select import Selection
 
@@ -161,7 +161,8 @@ class Stepper:
         if self._stays_packed(weight):
             for info in weight.parts.values():
                 dense = Weight(info.name, info.dtype, info.shape, {"weight": info})
-                shared = self._unit_of[module] if form.shares and math.prod(info.shape) == 1 else None
+                number = math.prod(info.shape) == 1 and info.dtype in FLOAT_DTYPES
+                shared = self._unit_of[module] if form.shares and number else None
                 yield Step(dense, (_named(info, module), *outputs), extras=extras, scale_of=shared)
                 outputs, extras = (), ()
             return

@@ -143,7 +143,9 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
     lines = rows(options.threads, peers=not options.no_peers)
-    print(f"\nMB of BF16 per second, {ROWS} x {COLUMNS}, {options.threads} threads, {len(SCHEMES)} schemes; {machine()}\n")
+    print(
+        f"\nMB of BF16 per second, {ROWS} x {COLUMNS}, {options.threads} threads, {len(SCHEMES)} schemes; {machine()}\n"
+    )
     titles = ("format", "scales", "encode", "decode", "reference", "its encode (ours faster)", "its decode")
     print(table(titles, lines))
 

@@ -60,7 +60,10 @@ def main() -> None:
             convert(REAL, folder / "packed", recipe)
             convert(folder / "packed", folder / "dense", Recipe(scheme="bf16"))
             result = predictions(folder / "dense", ids)
-        whole, first, second = kl(original, result), *(kl(original[h], result[h]) for h in (slice(half), slice(half, None)))
+        whole, first, second = (
+            kl(original, result),
+            *(kl(original[h], result[h]) for h in (slice(half), slice(half, None))),
+        )
         same = (original.argmax(-1) == result.argmax(-1)).float().mean().item()
         default = "default" if FORMATS[form.name].choices.searches[0] == search else ""
         rows.append((label, search, f"{whole:.6f}", f"{first:.6f}", f"{second:.6f}", f"{100 * same:.2f} %", default))

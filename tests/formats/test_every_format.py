@@ -20,6 +20,7 @@ from mso_hub.pipeline import convert
 from mso_hub.plan import Plan, Recipe
 from mso_hub.sink import MemorySink
 from mso_hub.source import MemorySource
+from mso_hub.verify import verify_checkpoint
 from tests.helpers import checkpoint_files, random_tensor, tensors_in
 
 MIB = 1 << 20
@@ -137,7 +138,7 @@ def models(draw: st.DrawFn, case: Case) -> dict[str, bytes]:
     spread = 10.0 ** draw(st.integers(-1, 1))
     tensors = {f"{L}.norm.weight": torch.ones(3, dtype=DENSE[dtype])}
     for module, shape in shapes.items():
-        values = rng.standard_normal(shape) * spread
+        values: np.ndarray = rng.standard_normal(shape) * spread
         kind = draw(st.sampled_from(["normal", "outlier", "zeros", "grid", "heavy"]))
         if kind == "outlier":
             values[rng.integers(shape[0]), rng.integers(shape[1])] = 30 * spread
@@ -201,9 +202,9 @@ def test_what_is_written_is_what_was_said(case: Case, data: st.DataObject) -> No
     plan, out = planned(files, case.recipe)
     stored, before = tensors_in(out), tensors_in(files)
     expected: dict[str, tuple[int, ...]] = {f"{L}.norm.weight": (3,)}
-    for weight in (weight for members in plan.units.values() for weight in members):
-        infos = [*case.form.outputs(weight.module, weight.shape, weight.dtype)]
-        infos += [case.form.input_output(weight.module, 1.0)[0]] if case.form.static else []
+    for step in (step for shard in plan.shards for step in shard.steps if step.format is not None):
+        infos = [*case.form.outputs(step.weight.module, step.weight.shape, step.dense)]
+        infos += [case.form.input_output(step.weight.module, 1.0)[0]] if case.form.static else []
         expected |= {info.name: info.shape for info in infos}
         for info in infos:
             tensor = stored[info.name]
@@ -223,6 +224,20 @@ def test_what_is_written_is_what_was_said(case: Case, data: st.DataObject) -> No
 
 LIMIT = {8: 0.01, 4: 0.25}
 """NMSE of a unit that no format reaches with any of the numbers above; a wrong scale or nibble gives 0.3 to 4."""
+
+
+@every_case
+def test_verify_finds_no_fault(case: Case) -> None:
+    """Of the output alone, and measured against its source: every weight, each as close as its format allows."""
+    shapes = {"self_attn.q_proj": (256, 128), "self_attn.v_proj": (96, 128), "mlp.down_proj": (128, 320)}
+    tensors = {f"{L}.{module}.weight": random_tensor(*shape, seed=shape[1]) for module, shape in shapes.items()}
+    files = checkpoint_files({"model.safetensors": tensors}, CONFIG)
+    out = written(files, case.recipe)
+    assert verify_checkpoint(MemorySource(out)).problems == ()
+    report = verify_checkpoint(MemorySource(out), source=MemorySource(files))
+    assert report.problems == ()
+    assert {error.name for error in report.errors} == set(tensors)
+    assert all(0 < error.nmse < (0.002 if case.form.bits == 8 else 0.03) for error in report.errors)
 
 
 # --- a second pass --------------------------------------------------------------------------------

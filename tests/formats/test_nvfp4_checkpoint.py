@@ -42,6 +42,8 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 Tensors = Mapping[str, Tensor]
 Expected = dict[str, tuple[Tensor, Tensor, Tensor]]
 KIB, MIB = 1 << 10, 1 << 20
+MODELOPTS: dict[str, Any] = {"mode": "all-linear", "scale_search": "absmax"}
+"""Settings that give ModelOpt's bytes: by default scales are searched."""
 
 
 def linear_modules(tensors: Tensors) -> list[str]:
@@ -132,7 +134,7 @@ def real_output(
     """The trained model quantized in one layout and variant."""
     layout, input_scale = request.param
     folder = tmp_path_factory.mktemp("real") / "out"
-    convert(REAL, folder, Recipe(mode="all-linear", layout=layout, input_scale=input_scale))
+    convert(REAL, folder, Recipe(layout=layout, input_scale=input_scale, **MODELOPTS))
     return folder, layout, input_scale
 
 
@@ -203,7 +205,7 @@ def test_random_models_have_modelopts_bytes(
 ) -> None:
     """Dense and expert models of each input dtype, on disk in two shards."""
     source = model(tmp_path / "in", dtype=dtype, seed=7)
-    convert(source, tmp_path / "out", Recipe(mode="all-linear", layout=layout, input_scale=input_scale))
+    convert(source, tmp_path / "out", Recipe(layout=layout, input_scale=input_scale, **MODELOPTS))
     tensors = tensors_of(source)
     expected = modelopt_says(tensors, linear_modules(tensors))
     assert_written(tensors_of(tmp_path / "out"), tensors, expected, layout, input_scale)
@@ -233,7 +235,7 @@ def test_any_layer_has_modelopts_bytes(shards: dict[str, dict[str, Tensor]], cas
     """Units with members missing, in other shards, of other dtypes and magnitudes."""
     layout, input_scale = case
     source = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
-    files = convert_in_memory(shards, Recipe(mode="all-linear", layout=layout, input_scale=input_scale))
+    files = convert_in_memory(shards, Recipe(layout=layout, input_scale=input_scale, **MODELOPTS))
     assert_written(tensors_in(files), source, modelopt_says(source, linear_modules(source)), layout, input_scale)
 
 
@@ -246,7 +248,7 @@ def test_partners_in_other_shards_share_the_scale_and_stay_there(layout: str, tm
         f"{name}.weight": random_tensor(32, 64, seed=at, spread=0.02 * (at + 1)) for at, name in enumerate(names)
     }
     apart = {f"model-0000{at}-of-00005.safetensors": {n: t} for at, (n, t) in enumerate(tensors.items())}
-    recipe = Recipe(mode="all-linear", layout=layout)
+    recipe = Recipe(layout=layout, **MODELOPTS)
     convert(write_checkpoint(tmp_path / "apart", apart, CONFIG), tmp_path / "a", recipe)
     convert(write_checkpoint(tmp_path / "one", {"model.safetensors": tensors}, CONFIG), tmp_path / "b", recipe)
     assert_written(tensors_of(tmp_path / "a"), tensors, modelopt_says(tensors, names), layout, None)
@@ -398,7 +400,7 @@ def test_threads_and_budgets_never_show_in_the_bytes() -> None:
             f"{prefix}.mlp.down_proj.weight": random_tensor(512, 48, seed=5),
         },
     }
-    recipe = Recipe(mode="all-linear")
+    recipe = Recipe(**MODELOPTS)
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     first = convert_in_memory(shards, recipe)
     expected = modelopt_says(tensors, linear_modules(tensors))
@@ -467,7 +469,7 @@ def test_fused_experts_have_the_bytes_of_split_ones(turned: bool, tmp_path: Path
         f"{bank}.down_proj": torch.stack([weight.T if turned else weight for weight in down]),
     }
     source = write_checkpoint(tmp_path / "in", {"model.safetensors": fused}, config)
-    convert(source, tmp_path / "out", Recipe())
+    convert(source, tmp_path / "out", Recipe(scale_search="absmax"))
     expected = modelopt_says(split, [n.removesuffix(".weight") for n in split])
     assert_written(tensors_of(tmp_path / "out"), {}, expected, "compressed-tensors", None)
 

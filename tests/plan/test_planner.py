@@ -383,23 +383,35 @@ def test_nothing_to_decompress_is_a_problem(config: dict[str, Any]) -> None:
 
 
 FP8 = torch.zeros(32, 32, dtype=torch.float8_e4m3fn)
+BYTES = torch.zeros(32, 16, dtype=torch.uint8)
 FOREIGN: dict[str, dict[str, Tensor]] = {
-    "FP8": {"weight": FP8, "weight_scale": torch.ones(1)},
-    "FP8 blocks": {"weight": FP8, "weight_scale_inv": torch.ones(1, 1)},
-    "GPTQ": {"qweight": torch.zeros(4, 32, dtype=torch.int32), "qzeros": torch.zeros(1, 4, dtype=torch.int32)},
-    "MXFP4": {
-        "weight_packed": torch.zeros(32, 16, dtype=torch.uint8),
-        "weight_scale": torch.zeros(32, 1, dtype=torch.uint8),
-    },
-}
+    "FP8 with more range": {"weight": FP8.to(torch.float8_e5m2), "weight_scale": torch.ones(1)},
+    "FP8 without a scale": {"weight": FP8},
+    "FP8 with a scale for every second row": {"weight": FP8, "weight_scale": torch.ones(16, 1, 1)},
+    "GPTQ without scales": {
+        "qweight": torch.zeros(4, 32, dtype=torch.int32), "qzeros": torch.zeros(1, 4, dtype=torch.int32)},
+    "bitsandbytes NF4": {
+        "weight": torch.zeros(512, 1, dtype=torch.uint8), "weight.absmax": torch.ones(16),
+        "weight.quant_map": torch.ones(16), "weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)},
+    "bitsandbytes INT8": {"weight": torch.zeros(32, 32, dtype=torch.int8), "SCB": torch.ones(32)},
+    "W4A8_AWQ": {
+        "weight": BYTES, "weight_scale": torch.ones(32, 2), "weight_scale_2": torch.ones(()),
+        "pre_quant_scale": torch.ones(32)},
+    "FP4 with FP8 scales alone": {"weight_packed": BYTES, "weight_scale": FP8[:, :2]},
+    "SVDQuant": {"weight": FP8.float(), "svdquant_lora_a": torch.ones(8, 32), "svdquant_lora_b": torch.ones(32, 8)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4", "bf16"])
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_quantized_source_without_a_decoder_is_refused(kind: str, scheme: str) -> None:
-    """Codes are never copied on as if they were numbers, in either direction."""
+    """Codes are never copied on as if they were numbers, in either direction, nor beside weights that are decoded."""
     stored = {f"{L}.mlp.down_proj.{suffix}": tensor for suffix, tensor in FOREIGN[kind].items()}
     files = checkpoint_files({"m.safetensors": stored | mlp("model.layers.1")}, CONFIG)
+    with pytest.raises((PlanError, CheckpointError), match=r"model\.layers\.0\.mlp\.down_proj"):
+        plan_of(files, scheme=scheme)
+    scaled = {f"model.layers.1.mlp.gate_proj.{n}": t for n, t in {"weight": FP8, "weight_scale": torch.ones(1)}.items()}
+    files = checkpoint_files({"m.safetensors": stored | scaled}, CONFIG)
     with pytest.raises((PlanError, CheckpointError), match=r"model\.layers\.0\.mlp\.down_proj"):
         plan_of(files, scheme=scheme)
 
@@ -444,7 +456,8 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"input_scale": 1.0}),
     (IMPORTED | {"input_amax": AMAX}, {"input_amax": AMAX | {f"{L}.mlp.up_proj": 2.0}}),
     ({}, {"activations": 4}),
-    ({}, {"scale_search": "mse"}),
+    ({}, {"scale_search": "absmax"}),
+    ({}, {"skip_layers": (1,)}),
     ({}, {"default_ignore": False}),
     ({}, {"dtype": "F16"}),
     ({}, {"rules": (Rule(Scheme("fp8"), ("*.down_proj",)), Rule(Scheme("nvfp4")))}),
@@ -465,7 +478,7 @@ def test_another_recipe_is_another_job(recipe: dict[str, Any], change: dict[str,
     assert plan_of(files, **(recipe | change)).job != plan_of(files, **recipe).job
 
 
-@pytest.mark.parametrize("change", [{"activations": 4}, {"group_size": 64}, {"search": "mse"}, {"symmetric": False}])
+@pytest.mark.parametrize("change", [{"activations": 4}, {"group_size": 64}, {"search": "absmax"}, {"symmetric": False}])
 def test_another_rule_is_another_job(change: dict[str, Any]) -> None:
     """Every field of a rule's scheme counts, as do its targets and the order of the rules."""
     down = {f"{L}.mlp.down_proj.weight": random_tensor(32, 128)}

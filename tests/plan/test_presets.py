@@ -110,7 +110,7 @@ def test_a_preset_says_what_it_is_and_works(name: str, sources: dict[str, Path])
     """Two lines of comment; a plan for an expert model that compressed-tensors parses and that leaves gates alone."""
     what, modelled = preset_comment(name)
     assert len(what) > 20
-    assert modelled.startswith(("Modelled on ", "What mso-hub quantize does", "In place of "))
+    assert modelled.startswith(("Modelled on ", "What mso-hub quantize does"))
     plan = make_plan(sources["moe"], read_recipe(name))
     said = plan.config["quantization_config"]
     if said["quant_method"] == "compressed-tensors":
@@ -149,6 +149,13 @@ def test_other_names_are_presets() -> None:
     assert not ALIASES.keys() & set(preset_names())
     assert find_preset("NVFP4-MLP-only") == "nvfp4_mlp_only"
     assert find_preset("nvfp5") is None
+
+
+def test_names_that_promise_a_search_keep_it(sources: dict[str, Path]) -> None:
+    """They have no preset of their own because the default is what they mean."""
+    for name in ("nvfp4_w4a4_weight_mse_fp8_sweep", "int4_awq"):
+        plan = make_plan(sources["dense"], read_recipe(name))
+        assert {form.search for form in plan.formats.values()} == {"mse"}
 
 
 def test_the_program_lists_them() -> None:

@@ -128,7 +128,7 @@ def contents(draw: st.DrawFn) -> dict[str, Any]:
     """A file as a table, every key with a valid value."""
     rule = st.fixed_dictionaries(
         {"format": st.sampled_from(["nvfp4", "mxfp8", "fp8_block", "fp8_dynamic"])},
-        optional={"scale_search": st.just("mse"), "optional": st.booleans()},
+        optional={"scale_search": st.just("absmax"), "optional": st.booleans()},
     )
     rules = draw(st.lists(rule, min_size=1, max_size=3))
     for entry in rules:

@@ -186,7 +186,7 @@ def test_a_fused_unit_may_not_be_split_over_two_rules(other: Scheme, found: str)
     )
 
 
-@pytest.mark.parametrize("settings_", [{"activations": 4}, {"search": "mse"}])
+@pytest.mark.parametrize("settings_", [{"activations": 4}, {"search": "absmax"}])
 def test_one_format_with_other_settings_is_another_format(settings_: dict[str, Any]) -> None:
     """W4A16 beside W4A4 in one parameter cannot be loaded; two searches for one scale cannot be meant."""
     rules = (Rule(FP4, ("*.q_proj",)), Rule(Scheme("nvfp4", **settings_), ("Linear",)))

@@ -377,7 +377,7 @@ def test_experts_may_go_by_layer() -> None:
 
 
 def test_experts_may_not_go_by_projection() -> None:
-    """Engines take one quantization method for a whole bank: dense down_proj beside packed gate_proj cannot be loaded."""
+    """Engines have one quantization method for a whole bank: dense down_proj beside packed gate_proj cannot load."""
     leaves = ("gate_proj", "up_proj", "down_proj")
     (problem,) = choose(experts(4, *leaves), ignore=("*.down_proj",)).problems
     assert problem.startswith("model.layers.0.mlp.experts: experts load as one tensor")

@@ -81,7 +81,7 @@ def encode(
     storage(scale_dtype)
     codes = np.empty((rows, cols), np.int8)
     scale, zero_point = np.empty((rows, cols // size), np.float32), np.empty((rows, cols // size), np.int8)
-    tried = grid(bits, symmetric=symmetric) if search == "mse" else np.empty(0, np.float32)
+    tried = grid(bits, size, symmetric=symmetric) if search == "mse" else np.empty(0, np.float32)
     options = (bits, symmetric, PRECISION[dtype], PRECISION[scale_dtype])
     out = (codes.reshape(-1).view(np.uint8), scale.reshape(-1), zero_point.reshape(-1))
     bad = _encode(flat_bits(values, dtype), size, options, np.float32(_EPS[scale_dtype]), tried, *out)
@@ -137,15 +137,15 @@ def _load(bits_in: Array, precision: int, x: Array) -> None:
 
 
 @kernel
-def _ends(x: Array) -> tuple[np.float32, np.float32, np.float32]:
-    """Smallest and largest number of x [n] (uint32 bits of finite float32), or 0 where that is beyond; the smallest
-    magnitude but 0.
+def _ends(x: Array, begin: int, end: int) -> tuple[np.float32, np.float32, np.float32]:
+    """Smallest and largest number of x[begin:end] (uint32 bits of finite float32), or 0 where that is beyond; the
+    smallest magnitude but 0.
 
     Flipping the lower bits of negative numbers makes the order of signed integers that of the numbers. 0 - 1 is the
     largest unsigned integer.
     """
     low, high, least = np.int32(0), np.int32(0), np.uint32(0xFFFFFFFF)
-    for i in range(x.size):
+    for i in range(np.uint64(begin), np.uint64(end)):  # unsigned, so that no index can count from the end
         key = np.int32(x[i])
         key ^= (key >> np.int32(31)) & np.int32(0x7FFFFFFF)
         low, high = min(low, key), max(high, key)
@@ -181,33 +181,28 @@ def _decode(codes: Array, scale: Array, zero_point: Array, precision: int, y: Ar
 
 
 @kernel
-def _exact_codes(y: Array, scale: np.float32, zero_point: np.float32, bits: int, precision: int, codes: Array) -> None:
-    """Codes [n] uint8 (bits of int8) that are decoded to y [n]."""
-    for i in range(codes.size):
-        codes[i] = np.uint8(np.int32(exact_code(y[i], scale, zero_point, bits, precision)) & 0xFF)
-
-
-@kernel
 def _choose(
     x: Array, size: int, options: tuple[int, bool, int, int], eps: np.float32, tried: Array, scales: Array, kinds: Array
 ) -> int:
-    """Fill scales [2, groups], scales and zero points, for the groups of `size` numbers in x (uint32 bits of float32).
+    """Fill scales [2, groups], scales and zero points, for the groups of `size` numbers in x [n] float32.
 
     kinds [groups]  _ZERO, _EXACT or _ROUNDED
     Returns the first group whose scale cannot be stored, or -1.
     """
+    u = x.view(np.uint32)
     padded, lanes = np.zeros(-(-size // LANES) * LANES, np.float32), np.empty(LANES, np.float64)
     for group in range(x.size // size):
-        bits_of = x[group * size : (group + 1) * size]
-        part, ends = bits_of.view(np.float32), _ends(bits_of)
+        begin, end = group * size, (group + 1) * size
+        ends = _ends(u, begin, end)
         if ends[0] == 0 and ends[1] == 0:
             scales[0, group], scales[1, group], kinds[group] = eps, 0, _ZERO
             continue
-        chosen, kinds[group] = find(part, ends, *options, (np.float32(0.0), np.float32(0.0))), _EXACT
+        chosen, kinds[group] = find(x, begin, end, ends, *options, (np.float32(0.0), np.float32(0.0))), _EXACT
         if chosen[0] == 0:
             kinds[group] = _ROUNDED
             if tried.size:
-                padded[:size] = part
+                for i in range(size):
+                    padded[i] = x[begin + i]
                 chosen = best(padded, ends, *options, tried, lanes)
             else:
                 chosen = scale_over(span(ends[0], ends[1], options[0], options[1]), ends[0], *options)
@@ -218,24 +213,32 @@ def _choose(
 
 
 @kernel
-def _settle(
-    x: Array, y: Array, size: int, options: tuple[int, bool, int, int], scales: Array, kinds: Array, codes: Array
-) -> None:
-    """Give the groups with numbers x and images y the scales and codes that encoding y gives; see `integer_search`."""
-    bits, symmetric, precision, _ = options
-    certain = is_certain(bits, symmetric, precision)
+def _settle(x: Array, y: Array, size: int, options: tuple[int, bool, int, int], scales: Array, kinds: Array) -> bool:
+    """Give the groups with numbers x and images y the scales that encoding y gives; see `integer_search`.
+
+    Where there is one that reproduces x, y becomes x. Returns whether the codes are no longer those of y.
+    """
+    certain, u = is_certain(options[0], options[1], options[2]), y.view(np.uint32)
+    changed = not certain
     for group in range(y.size // size):
-        if kinds[group] == _ZERO or (kinds[group] == _EXACT and certain):
-            continue
         begin, end = group * size, (group + 1) * size
-        part, to = x[begin:end] if kinds[group] == _EXACT else y[begin:end], codes[begin:end]
-        guess = (scales[0, group], scales[1, group])
-        chosen = guess
+        if kinds[group] == _EXACT:
+            y[begin:end] = x[begin:end]
         if kinds[group] == _ROUNDED:
-            chosen = find(part, _ends(part.view(np.uint32)), *options, guess)
-        if chosen[0] > 0 and (chosen != guess or not certain):
-            scales[0, group], scales[1, group] = chosen
-            _exact_codes(part, chosen[0], chosen[1], bits, precision, to)
+            guess = (scales[0, group], scales[1, group])
+            chosen = find(y, begin, end, _ends(u, begin, end), *options, guess)
+            if chosen[0] > 0:
+                changed = changed or chosen != guess
+                scales[0, group], scales[1, group] = chosen
+    return changed
+
+
+@kernel
+def _spread(values: Array, size: int, wide: Array) -> None:
+    """Fill wide [n] with values [n / size], each `size` times."""
+    for group in range(wide.size // size):
+        for i in range(np.uint64(group * size), np.uint64((group + 1) * size)):
+            wide[i] = values[group]
 
 
 @kernel
@@ -254,27 +257,30 @@ def _encode(
     options  bits, symmetric, precision, precision of scales
     Returns the first group whose scale cannot be stored, or -1.
     """
+    bits, _, precision, _ = options
     tile = max(1, _TILE // size) * size
-    x, y = np.empty(tile, np.uint32), np.empty(tile, np.float32)
-    wide, scales, kinds = (
-        np.empty((2, tile), np.float32),
-        np.empty((2, tile // size), np.float32),
-        np.empty(tile // size),
-    )
+    scales, kinds = np.empty((2, tile // size), np.float32), np.empty(tile // size, np.int8)
+    buffers = np.empty((4, tile), np.float32)
     for start in range(0, bits_in.size, tile):
         stop = min(start + tile, bits_in.size)
-        n, first = stop - start, start // size
-        _load(bits_in[start:stop], options[2], x[:n])
-        bad = _choose(x[:n], size, options, eps, tried, scales, kinds)
+        n, first, to = stop - start, start // size, codes[start:stop]
+        x, y, s, z = buffers[0, :n], buffers[1, :n], buffers[2, :n], buffers[3, :n]
+        _load(bits_in[start:stop], precision, x.view(np.uint32))
+        bad = _choose(x, size, options, eps, tried, scales, kinds)
         if bad >= 0:
             return first + bad
-        for group in range(n // size):
-            wide[0, group * size : (group + 1) * size] = scales[0, group]
-            wide[1, group * size : (group + 1) * size] = scales[1, group]
-        to = codes[start:stop]
-        _quantize(x[:n].view(np.float32), wide[0, :n], wide[1, :n], options[0], to)
-        _decode(to, wide[0, :n], wide[1, :n], options[2], y[:n])
-        _settle(x[:n].view(np.float32), y[:n], size, options, scales, kinds, to)
+        _spread(scales[0], size, s)
+        _spread(scales[1], size, z)
+        _quantize(x, s, z, bits, to)
+        _decode(to, s, z, precision, y)
+        if _settle(x, y, size, options, scales, kinds):
+            _spread(scales[0], size, s)
+            _spread(scales[1], size, z)
+            _quantize(y, s, z, bits, to)
+            _decode(to, s, z, precision, x)
+            for i in range(n):
+                if x[i] != y[i]:
+                    to[i] = np.uint8(np.int32(exact_code(y[i], s[i], z[i], bits, precision)) & 0xFF)
         for group in range(n // size):
             scale[first + group], zero_point[first + group] = scales[0, group], np.int8(scales[1, group])
     return -1

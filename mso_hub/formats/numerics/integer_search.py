@@ -33,23 +33,27 @@ _SMALLEST = np.array([2.0**-149, 2.0**-133, 2.0**-24], np.float32)
 _ROUNDING = np.array([2.0**-22, 2.0**-7, 2.0**-10], np.float32) * np.float32(1.05)
 """By `precision`: largest number, smallest positive number, twice the relative error of rounding and a little more."""
 
-_KEPT = {2: 0.3, 3: 0.4, 4: 0.45, 5: 0.6, 6: 0.75, 7: 0.85, 8: 0.9}
-"""How much of the largest magnitude, or of both ends, "mse" keeps at the least; more bits gain less from clipping."""
-_STEPS = 32
+_KEPT = {2: (0.3, 24), 3: (0.4, 24), 4: (0.5, 24), 5: (0.65, 20), 6: (0.8, 16), 7: (0.9, 12), 8: (0.95, 10)}
+"""Bits -> how much of the largest magnitude, or of both ends, "mse" keeps at the least, and in how many steps."""
+_LONG = 512  # columns: among more there are larger outliers, so the grid goes to the square of that, in twice the steps
 
 
-def grid(bits: int, *, symmetric: bool) -> Array:
-    """What "mse" tries besides the scale of "absmax".
+def grid(bits: int, size: int, *, symmetric: bool) -> Array:
+    """What "mse" tries besides the scale of "absmax", float32 [c].
 
-    symmetric  what the largest magnitude is divided by: the two largest codes, then 32 numbers from just above the code
-               that would leave the largest one unused to that over `_KEPT`
-    else       how much of both ends is kept: 20 numbers, falling to `_KEPT`
+    bits       2 to 8
+    size       columns in a group
+    symmetric  what the largest magnitude is divided by: the two largest codes, and from just above the quotient at
+               which the largest code would not be used to that over `_KEPT`
+    else       how much of both ends is kept: from a step below 1 to `_KEPT`
     """
-    kept = _KEPT[bits]
+    kept, steps = _KEPT[bits]
+    if size > _LONG:
+        kept, steps = kept * kept, 2 * steps
     if not symmetric:
-        return np.linspace(1.0, kept, 21)[1:].astype(np.float32)
+        return np.linspace(1.0, kept, steps + 1)[1:].astype(np.float32)
     top = 1 << (bits - 1)
-    divisors = (top - 1) / np.linspace((top - 1) / (top - 1.5), kept, _STEPS)
+    divisors = (top - 1) / np.linspace((top - 1) / (top - 1.5), kept, steps)
     return np.concatenate([[top - 1, top], divisors]).astype(np.float32)
 
 
@@ -126,12 +130,14 @@ def _multiple(value: np.float32, scale: np.float32, precision: int) -> np.float3
 
 @kernel
 def _exact_zero_point(low: np.float32, high: np.float32, scale: np.float32, bits: int, precision: int) -> np.float32:
-    """Zero point that gives the lowest code to `low` (<= 0), as long as `high` (>= 0) has one too; else NaN.
+    """Zero point that gives the lowest code to `low` (<= 0); NaN if there is none that reproduces it and `high` (>= 0).
 
     One code too many may be due to rounding, which moves the larger of the two: the other one gets the code at its end.
     """
     lowest = np.float32(-(1 << (bits - 1)))
     down, up = _multiple(low, scale, precision), _multiple(high, scale, precision)
+    if round_f32(np.float32(down * scale), precision) != low or round_f32(np.float32(up * scale), precision) != high:
+        return np.float32(np.nan)
     zero_point = np.float32(lowest - down)
     if up - down > (1 << bits) - 1 and up < -down:
         zero_point = np.float32(-lowest - np.float32(1) - up)
@@ -141,9 +147,11 @@ def _exact_zero_point(low: np.float32, high: np.float32, scale: np.float32, bits
 
 
 @kernel
-def _reproduces(x: Array, bits: int, precision: int, scale: np.float32, zero_point: np.float32) -> bool:
-    """True when every number of a group is its own image."""
-    for i in range(x.size):
+def _reproduces(
+    x: Array, begin: int, end: int, bits: int, precision: int, scale: np.float32, zero_point: np.float32
+) -> bool:
+    """True when every number of the group x[begin:end] is its own image."""
+    for i in range(begin, end):
         if decoded(exact_code(x[i], scale, zero_point, bits, precision), scale, zero_point, precision) != x[i]:
             return False
     return True
@@ -176,6 +184,8 @@ def _codes_of_most(low: np.float32, high: np.float32, bits: int, symmetric: bool
 @kernel
 def find(
     x: Array,
+    begin: int,
+    end: int,
     ends: tuple[np.float32, np.float32, np.float32],
     bits: int,
     symmetric: bool,
@@ -183,7 +193,7 @@ def find(
     scale_precision: int,
     guess: tuple[np.float32, np.float32],
 ) -> tuple[np.float32, np.float32]:
-    """First scale and zero point that reproduce a group that is not all zero; the scale is 0 when there is none.
+    """First scale and zero point that reproduce the group x[begin:end], not all zero; the scale is 0 without any.
 
     ends   of the group: smallest number or 0, largest number or 0, smallest magnitude but 0
     guess  scale and zero point of which the group is known to be an image, or zeros
@@ -194,6 +204,10 @@ def find(
     most = max(high, np.float32(-low))
     ratio, step = np.float32(least / most), np.float32(_SMALLEST[precision] / most)
     first, last = _codes_of_most(low, high, bits, symmetric, precision)
+    if np.float32(ratio * np.float32(first)) < np.float32(0.4) and np.float32(step * np.float32(first)) < np.float32(
+        0.3
+    ):
+        return np.float32(0.0), np.float32(0.0)  # the smallest number is too small for a code of 1
     for code in range(first, last - 1, -1):
         if symmetric and code == 1 << (bits - 1) and -low != most:
             continue
@@ -209,12 +223,12 @@ def find(
                 continue
             if scale == guess[0] and zero_point == guess[1] and is_certain(bits, symmetric, precision):
                 return scale, zero_point
-            if _reproduces(x, bits, precision, scale, zero_point):
+            if _reproduces(x, begin, end, bits, precision, scale, zero_point):
                 return scale, zero_point
     scale = _SMALLEST[precision]
     if most <= np.float32(1 << bits) * scale and round_f32(scale, scale_precision) == scale:
         zero_point = np.float32(0.0) if symmetric else _exact_zero_point(low, high, scale, bits, precision)
-        if not np.isnan(zero_point) and _reproduces(x, bits, precision, scale, zero_point):
+        if not np.isnan(zero_point) and _reproduces(x, begin, end, bits, precision, scale, zero_point):
             return scale, zero_point
     return np.float32(0.0), np.float32(0.0)
 

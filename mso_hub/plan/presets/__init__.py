@@ -1,4 +1,7 @@
-"""Recipes that come along, one TOML file each: the first line of its comment says what it is, the rest after what."""
+"""Recipes that come along, one TOML file each: the first line of its comment says what it is, the rest after what.
+
+A rule that says nothing of scale_search has its format's default, also where ModelOpt takes the largest magnitude.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ ALIASES = {
     "fp8_2d_blockwise_weight_only": "fp8_block",
     "fp8_default": "fp8",
     "fp8_per_channel_per_token": "fp8_dynamic",
-    "int4_awq": "w4a16_mse",
+    "int4_awq": "w4a16",
     "int4_blockwise_weight_only": "w4a16",
     "kimi_k2": "w4a16_g32_experts",
     "kimi_k3": "nvfp4_experts_fp8_block_attention",
@@ -22,6 +25,7 @@ ALIASES = {
     "nvfp4_default": "nvfp4",
     "nvfp4_experts_only_input_scale1": "nvfp4_experts_only",
     "nvfp4_w4a4": "nvfp4",
+    "nvfp4_w4a4_weight_mse_fp8_sweep": "nvfp4",
     "nvfp4_weight_only": "w4a16_nvfp4",
     "nvfp4a16": "w4a16_nvfp4",
     "qwen3.5": "w4a16_nvfp4_fp8_attention",

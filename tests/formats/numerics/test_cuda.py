@@ -289,7 +289,7 @@ def random_integers(rng: np.random.Generator, shape: tuple[int, ...], kind: type
     dtype=st.sampled_from(DTYPES),
     scale_dtype=st.sampled_from(DTYPES),
 )
-@FEW
+@settings(FEW, max_examples=8)
 def test_integers_encode_the_same(
     kernels: Kernels,
     symmetric: bool,

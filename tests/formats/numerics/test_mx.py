@@ -322,9 +322,7 @@ def test_no_other_exponent_has_less_error(name: str) -> None:
     for values in (base, mixed, close, alike, rng.uniform(-1, 1, (256, 256))):
         values32 = values.astype(np.float32)
         encoded = (
-            mx.encode_mxfp8(values32, "F32")
-            if name == "mxfp8"
-            else mx.encode_mxfp4(values32, "F32", search="mse")
+            mx.encode_mxfp8(values32, "F32") if name == "mxfp8" else mx.encode_mxfp4(values32, "F32", search="mse")
         )
         near = (mx.decode_mxfp8 if name == "mxfp8" else mx.decode_mxfp4)(*encoded, "F32")
         np.testing.assert_allclose(block_errors(values32, "F32", near), best_of_all(values32, name), rtol=1e-6)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mso_hub.formats.numerics.cuda.floats import EXACT, load_f32, loadable, precision, require_device
-from mso_hub.formats.numerics.cuda.integer_search import best, code_of, exact_code, find, image, scale_over, span
+from mso_hub.formats.numerics.cuda.integer_search import best, code_of, ends, exact_code, find, image, scale_over, span
 from mso_hub.formats.numerics.integer import words_per_row
 from mso_hub.formats.numerics.integer_encode import SEARCHES
 from mso_hub.formats.numerics.integer_search import grid
@@ -52,7 +52,7 @@ def encode(
     codes = torch.empty((rows, cols), dtype=torch.int8, device=values.device)
     scale = torch.empty(shape, dtype=torch.float32, device=values.device)
     zero_point = torch.empty(shape, dtype=torch.int8, device=values.device)
-    tried = torch.from_numpy(grid(bits, symmetric=symmetric)).to(values.device)
+    tried = torch.from_numpy(grid(bits, size, symmetric=symmetric)).to(values.device)
     count = tried.numel() if search == "mse" else 0
     groups, (tile_groups, tile) = scale.numel(), (32, 32) if size <= 256 else (4, 256)
     _encode[(triton.cdiv(groups, tile_groups),)](
@@ -120,11 +120,12 @@ def _encode(
     group = tl.program_id(0).to(tl.int64) * tile_groups + tl.arange(0, tile_groups)
     live = group < groups
     x += group * size
-    low, high = _ends(x, size, live, tile_groups, tile)
+    nothing = tl.zeros((tile_groups,), tl.float32)
+    low, high, _ = ends(x, size, nothing, nothing, live, False, bits, precision, tile)  # noqa: FBT003
     wanted = live & ((low < 0.0) | (high > 0.0))
-    nothing = low * 0.0
-    options = (bits, symmetric, precision, scale_precision, tile)
-    exact, zero = find(x, size, low, high, nothing, nothing, wanted, False, *options)  # noqa: FBT003
+    exact, zero = find(
+        x, size, nothing, nothing, wanted, False, bits, symmetric, precision, scale_precision, tile  # noqa: FBT003
+    )  # fmt: skip
     wanted = wanted & (exact == 0.0)
     if mse:
         guess, guess_zero = best(
@@ -136,32 +137,20 @@ def _encode(
         )
     wanted = wanted & (guess > 0.0)
     guess, guess_zero = tl.where(wanted, guess, 0.0), tl.where(wanted, guess_zero, 0.0)
-    down, up = image(low, guess, guess_zero, bits, precision), image(high, guess, guess_zero, bits, precision)
-    settled, settled_zero = find(x, size, down, up, guess, guess_zero, wanted, True, *options)  # noqa: FBT003
+    settled, settled_zero = find(
+        x, size, guess, guess_zero, wanted, True, bits, symmetric, precision, scale_precision, tile  # noqa: FBT003
+    )  # fmt: skip
     chosen = tl.where(exact > 0.0, exact, tl.where(settled > 0.0, settled, guess))
     chosen_zero = tl.where(exact > 0.0, zero, tl.where(settled > 0.0, settled_zero, guess_zero))
     is_zero = live & (low == 0.0) & (high == 0.0)
     tl.store(scale + group, tl.where(is_zero, eps, chosen), mask=live)
     tl.store(zero_point + group, tl.where(is_zero, 0.0, chosen_zero).to(tl.int32).to(tl.int8), mask=live)
     certain: tl.constexpr = precision != 1 or bits < 8 or symmetric
-    same = certain & (settled == guess) & (settled_zero == guess_zero)
-    plain = wanted & ((settled == 0.0) | same)
+    settled_same = (settled == 0.0) | ((settled == guess) & (settled_zero == guess_zero))
+    plain = certain & ((exact > 0.0) | (wanted & settled_same))
     codes += group * size
     both = (guess, guess_zero, chosen, chosen_zero)
     _store_codes(x, codes, size, live, is_zero, *both, plain, bits, precision, tile)
-
-
-@triton.jit
-def _ends(
-    x: tl.tensor, size: tl.tensor, live: tl.tensor, tile_groups: tl.constexpr, tile: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """Smallest and largest number of each group, or 0 where that is beyond."""
-    low, high = tl.zeros((tile_groups, tile), tl.float32), tl.zeros((tile_groups, tile), tl.float32)
-    for start in range(0, size, tile):
-        k = start + tl.arange(0, tile)[None, :]
-        v = load_f32(x[:, None] + k, live[:, None] & (k < size))
-        low, high = tl.minimum(low, v), tl.maximum(high, v)
-    return tl.min(low, axis=1) + 0.0, tl.max(high, axis=1) + 0.0  # -0.0 + 0.0 is 0.0
 
 
 @triton.jit

@@ -14,10 +14,8 @@ from mso_hub.formats.numerics.cuda.floats import load_f32, next_f32, round_f32
 
 @triton.jit
 def rint(value: tl.tensor) -> tl.tensor:
-    """float32 integers next to float32 numbers, ties to even."""
-    y = tl.abs(value)
-    near = (y + 8388608.0) - 8388608.0  # 2**23, from where on all numbers are integers
-    return tl.where(y < 8388608.0, tl.where(value < 0.0, -near, near), value)
+    """Integers next to float32 numbers below 2**22, ties to even, as float32."""
+    return (value + 12582912.0) - 12582912.0  # 1.5 * 2**23
 
 
 @triton.jit
@@ -56,7 +54,7 @@ def code_of(value: tl.tensor, scale: tl.tensor, zero_point: tl.tensor, bits: tl.
     lowest: tl.constexpr = -1.0 * (1 << (bits - 1))
     y = tl.div_rn(value, scale) + zero_point
     y = tl.minimum(tl.maximum(y, lowest), -lowest - 1.0)
-    return (y + 12582912.0) - 12582912.0  # 1.5 * 2**23
+    return rint(y)
 
 
 @triton.jit
@@ -104,25 +102,24 @@ def _multiple(value: tl.tensor, scale: tl.tensor, precision: tl.constexpr) -> tl
 def _exact_zero_point(
     low: tl.tensor, high: tl.tensor, scale: tl.tensor, bits: tl.constexpr, precision: tl.constexpr
 ) -> tl.tensor:
-    """Zero points that give the lowest code to `low`, as long as `high` has one too; else NaN."""
+    """Zero points that give the lowest code to `low`, if it and `high` are multiples and have codes; else NaN."""
     lowest: tl.constexpr = -1.0 * (1 << (bits - 1))
     down, up = _multiple(low, scale, precision), _multiple(high, scale, precision)
+    multiples = (round_f32(down * scale, precision) == low) & (round_f32(up * scale, precision) == high)
     other = (up - down > -2.0 * lowest - 1.0) & (up < -down)
     zero_point = tl.where(other, -lowest - 1.0 - up, lowest - down)
-    possible = (up - down <= -2.0 * lowest) & (zero_point >= lowest) & (zero_point <= -lowest - 1.0)
+    possible = multiples & (up - down <= -2.0 * lowest) & (zero_point >= lowest) & (zero_point <= -lowest - 1.0)
     return tl.where(possible, zero_point, float("nan"))
 
 
 @triton.jit
-def _may_be_multiple(value: tl.tensor, most: tl.tensor, code: tl.tensor, precision: tl.constexpr) -> tl.tensor:
-    """False where value / scale is too far from an integer for any scale that makes `most` of this code."""
+def _may_be_multiple(ratio: tl.tensor, step: tl.tensor, code: tl.tensor, precision: tl.constexpr) -> tl.tensor:
+    """False where a number is too far from an integer times any scale that makes the largest magnitude of this code."""
     rounding: tl.constexpr = 1.0499999523162842 * (
         0.0009765625 if precision == 2 else 0.0078125 if precision == 1 else 2.384185791015625e-07
     )
-    y = tl.div_rn(tl.abs(value), most) * code
-    step = tl.div_rn(smallest(most, precision), most)
-    slack = y * (rounding + step) + step * code
-    return tl.abs(y - rint(y)) <= slack
+    y = ratio * code
+    return tl.abs(y - rint(y)) <= y * (rounding + step) + step * code
 
 
 @triton.jit
@@ -130,18 +127,53 @@ def _codes_of_most(
     low: tl.tensor, high: tl.tensor, bits: tl.constexpr, symmetric: tl.constexpr, precision: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """int32 first and last |code - zero_point| that the largest magnitude of an image may have had."""
+    top: tl.constexpr = 1 << (bits - 1)
+    most = tl.maximum(high, -low)
+    coarse = most < 256.0 * top * smallest(most, precision)
+    none = coarse.to(tl.int32) * 0
     if symmetric:
-        top: tl.constexpr = 1 << (bits - 1)
-        last: tl.constexpr = top - (top // 2 if top < 8 else 4)
-        none = (low * 0.0).to(tl.int32)
-        return none + top, none + last
+        fine: tl.constexpr = top // 2 if bits <= 4 else top - 1
+        return none + top, tl.where(coarse, top // 2, fine)
     else:  # noqa: RET505
-        codes: tl.constexpr = (1 << bits) - 1
+        codes: tl.constexpr = 2 * top - 1
         slack: tl.constexpr = 2 if bits > 4 and precision == 1 else 0
-        most = tl.maximum(high, -low).to(tl.float64)
-        y = most * codes / (high.to(tl.float64) - low.to(tl.float64))
+        y = most.to(tl.float64) * codes / (high.to(tl.float64) - low.to(tl.float64))
         guess = ((y + 4503599627370496.0) - 4503599627370496.0).to(tl.int32)  # 2**52
-        return tl.minimum(guess + slack, codes), tl.maximum(guess - 2 - slack, 1)
+        last = tl.where(coarse, guess // 2, guess - 2 - slack)
+        return tl.minimum(guess + slack, codes), tl.maximum(last, 1)
+
+
+@triton.jit
+def ends(
+    x: tl.tensor,
+    size: tl.tensor,
+    guess: tl.tensor,
+    guess_zero: tl.tensor,
+    wanted: tl.tensor,
+    has_guess: tl.constexpr,
+    bits: tl.constexpr,
+    precision: tl.constexpr,
+    tile: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Smallest and largest number of each group, or 0 where that is beyond, and the smallest magnitude but 0.
+
+    Of the images under a guess if there is one.
+    """
+    low = guess[:, None] * 0.0 + tl.arange(0, tile)[None, :] * 0.0
+    high, least = low, (low * 0.0).to(tl.int32) + 0x7FFFFFFF
+    for start in range(0, size, tile):
+        k = start + tl.arange(0, tile)[None, :]
+        inside = wanted[:, None] & (k < size)
+        v = load_f32(x[:, None] + k, inside)
+        if has_guess:
+            v = image(v, guess[:, None], guess_zero[:, None], bits, precision)
+            v = tl.where(inside, v, 0.0)
+        low, high = tl.minimum(low, v), tl.maximum(high, v)
+        bits_of = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        least = tl.minimum(least, tl.where(bits_of == 0, 0x7FFFFFFF, bits_of))
+    smallest_bits = tl.min(least, axis=1)
+    magnitude = tl.where(smallest_bits == 0x7FFFFFFF, 0, smallest_bits).to(tl.float32, bitcast=True)
+    return tl.min(low, axis=1) + 0.0, tl.max(high, axis=1) + 0.0, magnitude  # -0.0 + 0.0 is 0.0
 
 
 @triton.jit
@@ -177,8 +209,6 @@ def _reproduces(
 def find(
     x: tl.tensor,
     size: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
     guess: tl.tensor,
     guess_zero: tl.tensor,
     wanted: tl.tensor,
@@ -192,42 +222,38 @@ def find(
     """First scale and zero point that reproduce each wanted group, or its image under the guess; 0 without any."""
     top: tl.constexpr = 1 << (bits - 1)
     certain: tl.constexpr = has_guess and (precision != 1 or bits < 8 or symmetric)
+    low, high, least = ends(x, size, guess, guess_zero, wanted, has_guess, bits, precision, tile)
     most = tl.maximum(high, -low)
-    one, other = load_f32(x, wanted), load_f32(x + size // 2, wanted)
-    if has_guess:
-        one, other = image(one, guess, guess_zero, bits, precision), image(other, guess, guess_zero, bits, precision)
+    ratio, step = tl.div_rn(least, most), tl.div_rn(smallest(most, precision), most)
     first, last = _codes_of_most(low, high, bits, symmetric, precision)
+    wanted = wanted & (((ratio * first.to(tl.float32) < 0.4) & (step * first.to(tl.float32) < 0.3)) == 0)
     found, found_zero = low * 0.0, low * 0.0
-    trial = 0
-    while (trial < 27) & (tl.max((wanted & (first - trial // 3 >= last)).to(tl.int32)) == 1):
-        code = first - trial // 3
-        most_code = code.to(tl.float32)
-        possible = wanted & (code >= last)
+    passed = 0
+    while tl.max((wanted & (first - passed >= last)).to(tl.int32)) == 1:
+        code = (first - passed).to(tl.float32)
+        possible = wanted & (first - passed >= last) & _may_be_multiple(ratio, step, code, precision)
         if symmetric:
-            possible = possible & ((code < top) | (-low == most))
-        possible = possible & _may_be_multiple(one, most, most_code, precision)
-        possible = possible & _may_be_multiple(other, most, most_code, precision)
-        place = trial % 3 + code * 0
-        steps = tl.where(place == 2, 1, -place)
-        scale = round_scale(tl.div_rn(most, most_code), steps, bits, precision, scale_precision)
-        possible = possible & is_positive(scale) & (round_f32(most_code * scale, precision) == most)
-        zero_point = scale * 0.0 if symmetric else _exact_zero_point(low, high, scale, bits, precision)
-        possible = possible & (zero_point == zero_point)  # noqa: PLR0124 - NaN
-        hit = possible & certain & (scale == guess) & (zero_point == guess_zero)
-        test = possible & (hit == 0)
-        hit = hit | _reproduces(
-            x, size, guess, guess_zero, scale, zero_point, test, has_guess, bits, precision, tile
-        )  # fmt: skip
-        found, found_zero = tl.where(hit, scale, found), tl.where(hit, zero_point, found_zero)
-        wanted = wanted & (hit == 0)
-        trial += 1
+            possible = possible & ((first - passed < top) | (-low == most))
+        if tl.max(possible.to(tl.int32)) == 1:
+            for place in range(3):
+                steps = first * 0 + (place * (5 - 3 * place)) // 2  # 0, 1, -1
+                scale = round_scale(tl.div_rn(most, code), -steps, bits, precision, scale_precision)
+                zero_point = scale * 0.0 if symmetric else _exact_zero_point(low, high, scale, bits, precision)
+                test = possible & wanted & is_positive(scale) & (round_f32(code * scale, precision) == most)
+                test = test & (zero_point == zero_point)  # noqa: PLR0124 - NaN
+                hit = test & certain & (scale == guess) & (zero_point == guess_zero)
+                test = test & (hit == 0)
+                hit = hit | _reproduces(
+                    x, size, guess, guess_zero, scale, zero_point, test, has_guess, bits, precision, tile
+                )  # fmt: skip
+                found, found_zero = tl.where(hit, scale, found), tl.where(hit, zero_point, found_zero)
+                wanted = wanted & (hit == 0)
+        passed += 1
     scale = smallest(most, precision)
     zero_point = scale * 0.0 if symmetric else _exact_zero_point(low, high, scale, bits, precision)
     test = wanted & (most <= 2.0 * top * scale) & (round_f32(scale, scale_precision) == scale)
     test = test & (zero_point == zero_point)  # noqa: PLR0124 - NaN
-    hit = _reproduces(
-        x, size, guess, guess_zero, scale, zero_point, test, has_guess, bits, precision, tile
-    )  # fmt: skip
+    hit = _reproduces(x, size, guess, guess_zero, scale, zero_point, test, has_guess, bits, precision, tile)
     return tl.where(hit, scale, found), tl.where(hit, zero_point, found_zero)
 
 
@@ -277,7 +303,8 @@ def scale_over(
         tried_zero = _zero_point_of(low, tl.where(is_positive(tried), tried, 1.0), bits, symmetric)
         down = decoded(none + lowest, tried, tried_zero, precision)
         up = decoded(none - lowest - 1.0, tried, tried_zero, precision)
-        finite = is_positive(tried) & (down > -float("inf")) & (up < float("inf"))
+        finite = (value < largest * 0.25) | ((down > -float("inf")) & (up < float("inf")))
+        finite = finite & is_positive(tried)
         scale = tl.where(finite & (going == 1), tried, scale)
         zero_point = tl.where(finite & (going == 1), tried_zero, zero_point)
         going = going & is_positive(tried).to(tl.int32) & (finite == 0).to(tl.int32)
