@@ -201,11 +201,11 @@ def constant_scale(value: float) -> str:
     return f"uncalibrated: the constant {value:.6g} for every module"
 
 
-def _rows(plan: Plan, errors: Mapping[str, tuple[int, float, float]]) -> list[Row]:
+def _rows(plan: Plan, errors: Mapping[tuple[str, str], tuple[int, float, float]]) -> list[Row]:
     """Errors stand beside what was encoded, and only where every weight of a kind was measured."""
     rows = []
     for change in changes(plan):
-        count, *quality = errors.get(change.kind, (0, 0.0, 0.0))
+        count, *quality = errors.get((change.kind, change.becomes), (0, 0.0, 0.0))
         known = quality if change.encoded and count == change.count else (None, None)
         rows.append(Row(change.kind, change.becomes, change.count, change.before, change.after, *known))
     return rows
@@ -311,7 +311,7 @@ def _summary(facts: Facts) -> list[tuple[str, str]]:
     sizes = f"{size(facts.before)} -> {size(facts.after)} ({facts.after / facts.before:.0%})" if facts.before else ""
     rows = [
         ("Source", source + commit if facts.made or facts.source else ""),
-        ("Scheme", ", ".join(dict.fromkeys(f"{s.scheme.upper()}, {s.short}" for s in packed)) or facts.label),
+        ("Scheme", "; ".join(dict.fromkeys(f"{s.scheme.upper()}, {s.short}" for s in packed)) or facts.label),
         ("Layout", ", ".join(dict.fromkeys(stored.layout for stored in packed))),
         ("Activation scale", facts.activation),
         ("MXFP4 to NVFP4", facts.exactness),

@@ -157,6 +157,7 @@ def report_text(report: Report) -> str:
         blocks.append(table(rows, ("weight", "stored as", "count", "mean error", "worst error")))
         blocks.append("error: sum of squared differences over sum of squares, dequantized against the source")
     blocks += [f"byte for byte like {name}: {n:,} tensors" for name, n in report.reference.items()]
+    blocks += [f"note    {note}" for note in report.notes]
     shown = [f"PROBLEM {problem}" for problem in report.problems[:SHOWN]]
     if len(report.problems) > SHOWN:
         shown.append(f"and {len(report.problems) - SHOWN} more problems")

@@ -21,8 +21,10 @@ from mso_hub.card import CARD, constant_scale, repo_of, target_of
 from mso_hub.cli import main
 from mso_hub.engine import ThreadEngine, note_errors, noted_errors
 from mso_hub.events import Event, ShardDone
+from mso_hub.formats import Scheme
 from mso_hub.hub.lookup import read_small
 from mso_hub.pipeline import make_plan
+from mso_hub.plan import Rule
 from mso_hub.plan.summary import Stored, by_reason, command, main_dtype, size
 from mso_hub.sink import HubTarget, LocalSink, MemorySink
 from mso_hub.source import MemorySource, open_source
@@ -249,6 +251,32 @@ def test_imported_activation_scales(source: Path) -> None:
     said = facts(card_of(source, Recipe(input_scale="imported", input_amax=amax)))
     assert said["Activation scale"] == "imported from another checkpoint, one for each module"
     assert said["Scheme"] == "NVFP4, W4A4"
+
+
+def test_a_mixture_of_formats(source: Path, tmp_path: Path) -> None:
+    """Every format with its bits, and errors for each kind of module in each of its formats."""
+    rules = (
+        Rule(Scheme("fp8_dynamic"), ("re:.*self_attn",)),
+        Rule(Scheme("nvfp4", activations=4), ("model.layers.0",)),
+        Rule(Scheme("w4a16", group_size=32)),
+    )
+    convert(source, tmp_path / "out", Recipe(rules=rules), card=True)
+    text = (tmp_path / "out" / CARD).read_text()
+    scheme = facts(text)["Scheme"].split("; ")
+    assert sorted(part.rpartition(", ")[2] for part in scheme) == ["W4A16", "W4A4", "W8A8"]
+    assert {"w8a8", "w4a4", "w4a16", "8-bit", "4-bit"} <= set(metadata(text)["tags"])
+    found = re.findall(r"^\| `(model\S+)` \| (\w+) \| (\d+) \|.* \| ([\d.]+) % \| ([\d.]+) % \|$", text, re.MULTILINE)
+    errors = {(kind, stored): (int(count), float(mean), float(worst)) for kind, stored, count, mean, worst in found}
+    report = verify_checkpoint(tmp_path / "out", source=source)
+    for leaf in ("gate_proj", "up_proj", "down_proj"):
+        for layer, stored in enumerate(("nvfp4", "w4a16")):
+            inside = re.compile(rf"model\.layers\.{layer}\.mlp\.experts\.\d\.{leaf}\.weight")
+            seen = [100 * e.nmse for e in report.errors if inside.fullmatch(e.name)]
+            count, *said = errors.pop((f"model.layers.N.mlp.experts.N.{leaf}", stored))
+            assert count == 4
+            assert said == pytest.approx([sum(seen) / 4, max(seen)], abs=1e-4)
+    assert {(stored, count) for (_, stored), (count, *_) in errors.items()} == {("fp8_dynamic", 2)}
+    assert len(errors) == 4
 
 
 def test_a_folder_as_source(source: Path) -> None:
@@ -503,12 +531,15 @@ def test_errors_are_noted_before_the_last_piece_goes_out(source: Path) -> None:
 def test_other_notes_are_no_errors() -> None:
     """A journal holds amaxes of units too, whatever these are called."""
     notes = {
-        "model.layers.0.mlp.gate_up_proj": 1.0, '["error"': 2.0, '["error", "a"]': 3.0, '["error", "s", "k", "x"]': 4.0,
-        '["error", "s", "k", "count"]': 2.0, '["error", "s", "k", "sum"]': 0.5, '["error", "s", "k", "worst"]': 0.4,
-        '["error", "t", "k", "count"]': 1.0, '["error", "t", "k", "sum"]': 0.1, '["error", "t", "k", "worst"]': 0.1,
-        '["errors", "t", "k", "worst"]': 9.0, '["error", [], {}, []]': 9.0,
+        "model.layers.0.mlp.gate_up_proj": 1.0, '["error"': 2.0, '["error", "a"]': 3.0, '["error", [], {}, 1, []]': 9.0,
+        '["error", "s", "k", "f", "x"]': 4.0, '["errors", "t", "k", "f", "worst"]': 9.0,
+        '["error", "s", "k", "f", "count"]': 2.0, '["error", "s", "k", "f", "sum"]': 0.5,
+        '["error", "s", "k", "f", "worst"]': 0.4, '["error", "t", "k", "f", "count"]': 1.0,
+        '["error", "t", "k", "f", "sum"]': 0.1, '["error", "t", "k", "f", "worst"]': 0.1,
+        '["error", "t", "k", "g", "count"]': 4.0, '["error", "t", "k", "g", "sum"]': 2.0,
+        '["error", "t", "k", "g", "worst"]': 1.5,
     }  # fmt: skip
-    assert noted_errors(notes) == {"k": (3, 0.6 / 3, 0.4)}
+    assert noted_errors(notes) == {("k", "f"): (3, 0.6 / 3, 0.4), ("k", "g"): (4, 0.5, 1.5)}
     assert noted_errors(dict(reversed(notes.items()))) == noted_errors(notes)
 
 

@@ -14,7 +14,7 @@ from mso_hub.plan import Plan, ShardPlan, Step
 from mso_hub.plan.summary import kind_of
 
 QUALITIES = ("count", "sum", "worst")
-"""What is noted of a kind of weights: how many, and the sum and the largest of their NMSE."""
+"""What is noted of weights of one kind and format: how many, and the sum and the largest of their NMSE."""
 PARTS = ("error", "energy", "largest")
 """What is noted of one weight: fields of Distance."""
 
@@ -22,7 +22,7 @@ PARTS = ("error", "energy", "largest")
 def note_errors(
     pieces: Generator[Piece, None, None], note: Callable[[str, float], None], *, each: bool = False
 ) -> Generator[Piece, None, None]:
-    """Pass pieces on; when a shard is about to be complete, note the errors of its kinds of weights.
+    """Pass pieces on; when a shard is about to be complete, note the errors of its weights by kind and format.
 
     each  note them weight by weight too
     What was MXFP4 and becomes NVFP4 is noted with the number of blocks that are not exact.
@@ -41,12 +41,14 @@ def note_errors(
 
 
 def _notes(shard: ShardPlan, found: Mapping[str, Distance], *, each: bool) -> Iterator[tuple[str, float]]:
-    kinds: dict[str, list[float]] = {}
-    for name, distance in found.items():
-        kinds.setdefault(kind_of(name.removesuffix(".weight")), []).append(distance.nmse)
-    for kind, errors in kinds.items():
+    kinds: dict[tuple[str, str], list[float]] = {}
+    for step in shard.steps:
+        if step.format is not None and step.weight.name in found:
+            key = kind_of(step.weight.module), step.format.name
+            kinds.setdefault(key, []).append(found[step.weight.name].nmse)
+    for key, errors in kinds.items():
         for quality, value in zip(QUALITIES, (len(errors), math.fsum(errors), max(errors)), strict=True):
-            yield json.dumps(["error", shard.name, kind, quality]), value
+            yield json.dumps(["error", shard.name, *key, quality]), value
     powers = [found[step.weight.name].inexact for step in shard.steps if keeps_powers(step)]
     if powers:
         yield json.dumps(["inexact", shard.name]), sum(powers)
@@ -60,13 +62,13 @@ def keeps_powers(step: Step) -> bool:
     return isinstance(step.format, Nvfp4) and step.format.search == POWER
 
 
-def noted_errors(notes: Mapping[str, float]) -> dict[str, tuple[int, float, float]]:
-    """Kind -> (weights, mean, worst) over all shards, whatever the order of the notes; other notes are skipped."""
-    found: dict[str, dict[str, list[float]]] = {}
+def noted_errors(notes: Mapping[str, float]) -> dict[tuple[str, str], tuple[int, float, float]]:
+    """(Kind, format) -> (weights, mean, worst) over all shards, whatever their order; other notes are skipped."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for key, value in notes.items():
         match _parsed(key):
-            case ["error", str(), str(kind), str(quality)] if quality in QUALITIES:
-                found.setdefault(kind, {quality: [] for quality in QUALITIES})[quality].append(value)
+            case ["error", str(), str(kind), str(form), str(quality)] if quality in QUALITIES:
+                found.setdefault((kind, form), {quality: [] for quality in QUALITIES})[quality].append(value)
     return {
         kind: (int(sum(row["count"])), math.fsum(row["sum"]) / max(1.0, sum(row["count"])), max(row["worst"]))
         for kind, row in found.items()

@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from mso_hub.checkpoint import TensorInfo
-from mso_hub.errors import PlanError
+from mso_hub.errors import CheckpointError, PlanError
 from mso_hub.formats.decoders.base import ReadShape
 from mso_hub.formats.decoders.table import find_packed
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
@@ -33,6 +33,8 @@ CODE_DTYPES = frozenset({"I8", "U8"})
 UNDECODED_DTYPES = frozenset(
     {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"}
 )
+
+UNREAD = "part of a packed weight without a decoder; `mso-hub formats` lists what can be read"
 
 
 def quantization_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -92,39 +94,75 @@ def _is_undecoded(info: TensorInfo, packed: AbstractSet[str], config: Mapping[st
     return bool(suspect) and (info.dtype not in FLOAT_DTYPES or info.name.rpartition(".")[0] in packed)
 
 
+def _without_config(
+    info: TensorInfo, tensors: Mapping[str, TensorInfo], read_shape: ReadShape, dtype: str
+) -> Weight | None:
+    """The packed weight that the tensors alone make; None where they leave open what it is."""
+    try:
+        return find_packed(info, tensors, (), read_shape, dtype)
+    except (CheckpointError, PlanError):
+        return None
+
+
+def module_of(name: str) -> str:
+    """The module of a stored tensor, also of the blocks and scales of gpt-oss."""
+    for ending in ("_blocks", "_scales"):
+        if name.endswith(ending):
+            return name.removesuffix(ending)
+    return name.rpartition(".")[0]
+
+
 def read_weights(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], read_shape: ReadShape, dtype: str
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    read_shape: ReadShape,
+    dtype: str,
+    refused: dict[str, str] | None = None,
 ) -> tuple[list[Weight], list[str]]:
     """All weights of a group in stored order, and the names of runtime scales that go when they are decoded.
 
-    dtype  what packed weights become when they are decoded
+    dtype    what packed weights become when they are decoded
+    refused  takes module -> why, for packed weights that are incomplete or that the config contradicts; they are left
+             out where their tensors alone do not say how they are decoded. None: the first of them is raised
 
     Raises PlanError for a quantized tensor without a decoder: bytes that nobody understands are never copied on.
     """
     weights: list[Weight] = []
     dropped: list[str] = []
     consumed: set[str] = set()
+    lost: set[str] = set()
     configs = quantization_configs(config)
     for info in tensors.values():
-        weight = find_packed(info, tensors, configs, read_shape, dtype)
+        try:
+            weight = find_packed(info, tensors, configs, read_shape, dtype)
+        except (CheckpointError, PlanError) as error:
+            if refused is None:
+                raise
+            refused[module_of(info.name)] = str(error)
+            weight = _without_config(info, tensors, read_shape, dtype)
+            if weight is None:
+                lost.add(module_of(info.name))
         if weight is not None:
             weights.append(weight)
             consumed |= {part.name for part in weight.parts.values()}
-    strange: list[str] = []
+    strange: dict[str, str] = {}
     packed = {weight.module for weight in weights}
     for name, info in tensors.items():
         if name in consumed:
             continue
         if _is_runtime_scale(info, packed, config):
             dropped.append(name)
-        elif _is_undecoded(info, packed, config):
-            strange.append(f"{name} {info.dtype} {list(info.shape)}")
-        else:
+        elif not _is_undecoded(info, packed | lost, config):
             weights.append(Weight(name, info.dtype, info.shape, {"weight": info}))
-    if strange:
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        elif module_of(name) not in lost:
+            strange[name] = f"{name} {info.dtype} {list(info.shape)}"
+    if refused is not None:
+        refused |= {module_of(name): f"{what}: {UNREAD}" for name, what in strange.items()}
+    elif strange:
+        shown = list(strange.values())
+        more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
         raise PlanError(
-            "the source is already quantized in a format without a decoder: " + "; ".join(strange[:3]) + more
+            "the source is already quantized in a format without a decoder: " + "; ".join(shown[:3]) + more
             + "; `mso-hub formats` lists what can be read"
         )  # fmt: skip
     return weights, dropped

@@ -54,8 +54,8 @@ class Fp8(Format):
         static = scheme.format == TENSOR and scheme.input_scale is not None
         if scheme.format == TENSOR and layout == "modelopt" and not static:
             raise RecipeError(
-                f"{scheme.format} in the layout {layout!r} needs an activation scale beside each weight, none was given: "
-                "add --input_scale, or take fp8_dynamic, which needs none"
+                f"{scheme.format} in the layout {layout!r} needs an activation scale beside each weight, none was "
+                "given: add --input_scale, or take fp8_dynamic, which needs none"
             )
         return cls(scheme.format, layout, scheme.search or FP8_CHOICES[scheme.format].searches[0], static)
 
@@ -91,7 +91,7 @@ class Fp8(Format):
         return None
 
     def fused_problem(self, shapes: Sequence[tuple[int, ...]]) -> str | None:
-        """Why engines cannot fuse weights of these shapes in this order, or None: only the last may end inside a block."""
+        """Why engines cannot fuse weights of these shapes in this order: only the last may end inside a block."""
         rows = [shape[0] for shape in shapes]
         if self.name == TILE and any(n % BLOCK for n in rows[:-1]):
             return (

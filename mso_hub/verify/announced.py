@@ -15,7 +15,7 @@ LISTS = ("ignore", "exclude_modules", "modules_to_not_convert")
 
 def entries(config: Mapping[str, Any]) -> list[str]:
     """Modules that a config says stay dense."""
-    found = next((config[key] for key in LISTS if isinstance(config.get(key), list)), [])
+    found: list[Any] = next((config[key] for key in LISTS if isinstance(config.get(key), list)), [])
     return [entry for entry in found if isinstance(entry, str)]
 
 
@@ -74,3 +74,8 @@ def activation_bits(config: Mapping[str, Any], module: str) -> int:
         algo = modelopt.algorithm(config, module) or ""
         return 4 if algo == "NVFP4" else 8 if algo.startswith(("FP8", "MXFP8")) else 16
     return 8 if config.get("quant_method") == "fp8" else 16
+
+
+def announces_cache(config: Mapping[str, Any]) -> bool:
+    """Does a config announce a quantized KV cache?"""
+    return bool(config.get("kv_cache_scheme") or config.get("kv_cache_quant_algo"))

@@ -10,13 +10,7 @@ from mso_hub.formats.detect import quantization_configs
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.recipe import DEFAULT_IGNORE
 from mso_hub.verify.announced import compiled, entries, expects_packed, ignored_by, needs_input_scale
-
-SHOWN = 3
-
-
-def _shown(modules: Sequence[str]) -> str:
-    more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
-    return ", ".join(modules[:SHOWN]) + more
+from mso_hub.verify.claims import claim_problems, shown
 
 
 def config_problems(checkpoint: Checkpoint, weights: Sequence[Weight], runtime_scales: Sequence[str]) -> Iterator[str]:
@@ -39,13 +33,13 @@ def config_problems(checkpoint: Checkpoint, weights: Sequence[Weight], runtime_s
         yield "config.json: announces a quantization, every weight is dense; remove quantization_config"
         return
     if broken := [e for e in entries(config) if e.startswith("re:") and compiled(e) is None]:
-        yield f"config.json: ignore holds patterns that are no regular expressions: {_shown(broken)}"
+        yield f"config.json: ignore holds patterns that are no regular expressions: {shown(broken)}"
     is_ignored = ignored_by(config)
     covered = [w.module for w in packed if is_ignored(w.module)]
     if covered:
-        yield f"config.json: ignore covers modules that are stored packed: {_shown(covered)}"
+        yield f"config.json: ignore covers modules that are stored packed: {shown(covered)}"
     if unnamed := [w.module for w in packed if not expects_packed(config, w.module)]:
-        yield f"config.json: stored packed and in no group, so loaders expect them dense: {_shown(unnamed)}"
+        yield f"config.json: stored packed and in no group, so loaders expect them dense: {shown(unnamed)}"
     linear = [w for w in weights if w.decoder is None and len(w.shape) == 2 and w.name.endswith(".weight")]
     modules = [w.module for w in linear if w.dtype in FLOAT_DTYPES]
     open_ones = [
@@ -53,8 +47,9 @@ def config_problems(checkpoint: Checkpoint, weights: Sequence[Weight], runtime_s
         if not (DEFAULT_IGNORE["embedding"].search(m) or is_ignored(m)) and expects_packed(config, m)
     ]  # fmt: skip
     if open_ones:
-        yield f"config.json: stored dense and not in ignore, so loaders expect them packed: {_shown(open_ones)}"
+        yield f"config.json: stored dense and not in ignore, so loaders expect them packed: {shown(open_ones)}"
     yield from _layout_problems(checkpoint, config, packed)
+    yield from claim_problems(config, packed)
     yield from _activation_problems(config, packed, runtime_scales)
 
 
@@ -78,6 +73,6 @@ def _activation_problems(
     have = {name.rpartition(".")[0] for name in runtime_scales if "input" in name.rpartition(".")[2]}
     needed = {w.module for w in packed if needs_input_scale(config, w.module)}
     if missing := [w.module for w in packed if w.module in needed - have]:
-        yield f"input scales are announced and missing, vLLM would serve garbage: {_shown(missing)}"
+        yield f"input scales are announced and missing, vLLM would serve garbage: {shown(missing)}"
     if spare := [w.module for w in packed if w.module in have - needed]:
-        yield f"input scales are stored, and the config does not announce any for them: {_shown(spare)}"
+        yield f"input scales are stored, and the config does not announce any for them: {shown(spare)}"

@@ -75,6 +75,12 @@ def has_foreign_card(source: Source) -> bool:
     return not isinstance(entry, dict) or entry.get("sha256") != sha256_of(source, CARD)
 
 
+def is_ours(source: Source) -> bool:
+    """Does mso_hub.json say that this tool made the checkpoint?"""
+    manifest = read_manifest(source)
+    return isinstance(manifest.get("job"), str) and isinstance(manifest.get("recipe"), dict)
+
+
 def made_from(source: Source) -> tuple[str, str] | None:
     """(repo id, commit) that a checkpoint was made from, None where mso_hub.json does not tell."""
     manifest = read_manifest(source)

@@ -15,12 +15,14 @@ class TensorError:
     nmse     sum of squared differences / sum of squares of the source; 0 when both are zero
     max_abs  largest |difference|
     stored   how the weight is stored now
+    strays   numbers that are not stored as the code nearest to the source's; None where that is not known
     """
 
     name: str
     nmse: float
     max_abs: float
     stored: str
+    strays: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Report:
     identical  weights stored as in the source, byte for byte
     errors     distance of every weight that changed
     reference  what it was compared with byte by byte -> number of equal tensors
+    notes      sentences about what could not be checked
     """
 
     where: str
@@ -47,6 +50,7 @@ class Report:
     identical: int = 0
     errors: tuple[TensorError, ...] = ()
     reference: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -33,6 +33,7 @@ def check_scales(mine: Opened) -> tuple[int, list[str]]:
     ]  # fmt: skip
     for weight in (w for w in mine.weights.values() if "scale" in w.parts):
         problems += _block_scales(mine, weight)
+        problems += _narrow_codes(mine, weight)
     shared = units(packed)
     for key, members in shared.items():
         for kind, values in (("global", scales), ("activation", inputs)):
@@ -43,7 +44,7 @@ def check_scales(mine: Opened) -> tuple[int, list[str]]:
 
 
 def _block_scales(mine: Opened, weight: Weight) -> Iterator[str]:
-    """A sentence where a scale of a weight is NaN, infinite or, as a plain number, not positive."""
+    """A sentence where a scale of a weight is NaN, infinite or negative."""
     from mso_hub.formats.numerics.floats import widen
 
     info = weight.parts["scale"]
@@ -53,6 +54,9 @@ def _block_scales(mine: Opened, weight: Weight) -> Iterator[str]:
         if info.dtype == "F8_E4M3" and np.any((bits & 0x7F) == 0x7F):
             yield f"{weight.module}: a block scale is NaN"
             return
+        if info.dtype == "F8_E4M3" and np.any(bits > 0x80):
+            yield f"{weight.module}: a block scale is negative"
+            return
         if info.dtype in ("U8", "F8_E8M0") and np.any(bits == 0xFF):
             yield f"{weight.module}: a block scale is NaN"
             return
@@ -61,6 +65,25 @@ def _block_scales(mine: Opened, weight: Weight) -> Iterator[str]:
             if not np.all(np.isfinite(scale)):
                 yield f"{weight.module}: a scale is not finite"
                 return
+            if np.any(scale < 0):
+                yield f"{weight.module}: a scale is negative"
+                return
+
+
+def _narrow_codes(mine: Opened, weight: Weight) -> Iterator[str]:
+    """A sentence where bytes hold integers that need more bits than the config says; nothing else reads them."""
+    info, decoder = weight.parts.get("codes"), weight.decoder
+    if info is None or info.dtype != "I8" or decoder is None or not decoder.scheme.startswith("int"):
+        return
+    limit = 1 << (decoder.bits - 1)
+    if limit == 1 << 7:
+        return
+    for begin in range(info.begin, info.end, CHUNK):
+        codes = mine.source.read(info.file, begin, min(begin + CHUNK, info.end)).view(np.int8)
+        if codes.min(initial=0) < -limit or codes.max(initial=0) >= limit:
+            found = f"{codes.min()} to {codes.max()}"
+            yield f"{weight.module}: config.json says {decoder.bits} bits, stored are codes from {found}"
+            return
 
 
 def _input_scales(mine: Opened) -> dict[str, float]:

@@ -12,10 +12,14 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mso_hub.formats.numerics.cuda import floats, fp8, integer, integer_encode, nvfp4
+from mso_hub.formats.numerics.nvfp4 import SEARCHES, global_scale
 from tests.benchmarks.runners import GB, machine, table
 
 WARM_UP, REPEAT = 3, 20
@@ -28,7 +32,7 @@ def seconds(call: Callable[[], object]) -> float:
         call()
     times = []
     for _ in range(REPEAT):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, stop = (torch.Event("cuda", enable_timing=True) for _ in range(2))
         start.record()
         call()
         stop.record()
@@ -39,17 +43,57 @@ def seconds(call: Callable[[], object]) -> float:
 
 def our_calls(weight: Tensor) -> Calls:
     """Every function of the cuda package, by name; what decoders need is encoded first."""
-    from mso_hub.formats.numerics import nvfp4 as host
-    from mso_hub.formats.numerics.cuda import floats, nvfp4
+    return {"amax": lambda: floats.amax(weight)} | nvfp4_calls(weight) | fp8_calls(weight) | integer_calls(weight)
 
-    bf16, cols = torch.bfloat16, weight.shape[1]
-    g = float(host.global_scale(floats.amax(weight)))
-    packed, block = nvfp4.encode(weight, g)
+
+def nvfp4_calls(weight: Tensor) -> Calls:
+    """All searches and both layouts."""
+    dtype, largest = weight.dtype, floats.amax(weight)
+    calls: Calls = {}
+    for search in SEARCHES:
+        scale = float(global_scale(largest, search=search))
+        calls[f"nvfp4 encode, {search}"] = partial(nvfp4.encode, weight, scale, search=search)
+    packed, block = nvfp4.encode(weight, scale)
+    calls["nvfp4 decode"] = partial(nvfp4.decode, packed, block, scale, dtype)
+    calls["nvfp4 decode_divided"] = partial(nvfp4.decode_divided, packed, block, 1 / scale, dtype)
+    return calls
+
+
+def fp8_calls(weight: Tensor) -> Calls:
+    """Rows, blocks and the whole tensor."""
+    dtype, (rows, cols) = weight.dtype, weight.shape
+    codes, scale = fp8.encode_rows(weight, dtype)
+    tiled, tile_scale = fp8.encode_blocks(weight, dtype)
     return {
-        "nvfp4 encode, absmax": lambda: nvfp4.encode(weight, g),
-        "nvfp4 decode": lambda: nvfp4.decode(packed, block, g, bf16),
-        "nvfp4 decode_divided": lambda: nvfp4.decode_divided(packed, block, 1 / g, bf16),
+        "fp8 encode_rows, absmax": partial(fp8.encode_rows, weight, dtype),
+        "fp8 encode_rows, mse": partial(fp8.encode_rows, weight, dtype, search="mse"),
+        "fp8 encode_rows, exact": partial(fp8.encode_rows, fp8.decode(codes, scale, (1, cols), dtype), dtype),
+        "fp8 encode_blocks, absmax": partial(fp8.encode_blocks, weight, dtype),
+        "fp8 encode_blocks, mse": partial(fp8.encode_blocks, weight, dtype, search="mse"),
+        "fp8 encode_tensor": partial(fp8.encode_tensor, weight, floats.amax(weight) / 448),
+        "fp8 decode, tensor": partial(fp8.decode, codes, scale[:1], (rows, cols), dtype),
+        "fp8 decode, rows": partial(fp8.decode, codes, scale, (1, cols), dtype),
+        "fp8 decode, blocks": partial(fp8.decode, tiled, tile_scale, (128, 128), dtype),
     }
+
+
+def integer_calls(weight: Tensor) -> Calls:
+    """Groups of 128 and rows; symmetric, and with zero points."""
+    dtype, cols = weight.dtype, weight.shape[1]
+    calls: Calls = {}
+    for bits, size in ((4, 128), (8, None)):
+        name = f"int{bits}, {f'groups of {size}' if size else 'rows'}"
+        for symmetric in (True, False):
+            kind = name if symmetric else f"{name}, asymmetric"
+            options: dict[str, Any] = {"bits": bits, "group_size": size, "symmetric": symmetric, "scale_dtype": dtype}
+            calls[f"{kind}, encode absmax"] = partial(integer_encode.encode, weight, **options)
+            calls[f"{kind}, encode mse"] = partial(integer_encode.encode, weight, **options, search="mse")
+        codes, scale, zeros = integer_encode.encode(weight, **options)
+        packed = integer_encode.pack(codes, bits)
+        calls[f"{name}, pack"] = partial(integer_encode.pack, codes, bits)
+        layout: dict[str, Any] = {"bits": bits, "group_size": size, "cols": cols, "dense": True, "dtype": dtype}
+        calls[f"{name}, decode"] = partial(integer.decode, packed, scale, zeros, None, **layout)
+    return calls
 
 
 def modelopt_calls(weight: Tensor) -> Calls:
@@ -69,8 +113,8 @@ def modelopt_calls(weight: Tensor) -> Calls:
         "fp8 encode_rows, absmax": lambda: FP8QTensor.quantize(weight, axis=0),
         "fp8 encode_blocks, absmax": lambda: FP8QTensor.quantize(weight, block_sizes=tiles),
         "fp8 decode, rows": lambda: fp8.dequantize(bf16, scale=fp8_scale),
-        "int4 encode, groups of 128": lambda: INT4QTensor.quantize(weight, 128),
-        "int4 decode, groups of 128": lambda: int4.dequantize(bf16, scale=int4_scale, block_sizes={-1: 128}),
+        "int4, groups of 128, encode absmax": lambda: INT4QTensor.quantize(weight, 128),
+        "int4, groups of 128, decode": lambda: int4.dequantize(bf16, scale=int4_scale, block_sizes={-1: 128}),
     }
 
 

@@ -228,6 +228,19 @@ def test_banks_of_different_layers_may_differ() -> None:
     assert {name for module, name in formats(found).items() if module.startswith(f"{L}.0.")} == {"fp8_dynamic"}
 
 
+@pytest.mark.parametrize("name", ["fp8_dynamic", "fp8_block"])
+@pytest.mark.parametrize("weights", [SEPARATE, FUSED], ids=["separate", "fused"])
+def test_experts_that_no_engine_loads_in_a_layout_are_refused(weights: list[Weight], name: str) -> None:
+    """Linear layers load; the layout that takes the experts too is named."""
+    rules = (Rule(Scheme(name), mode="all-linear"),)
+    (problem,) = choose([*attention(), *weights], *rules, layout="modelopt").problems
+    assert problem.startswith(
+        f"{BANK}: no engine loads {name} experts in the layout modelopt; use the layout compressed-"
+    )
+    assert choose(attention(), *rules, layout="modelopt").problems == ()
+    assert choose([*attention(), *weights], *rules).problems == ()
+
+
 def test_blocks_of_128_rows_must_not_cross_a_border_inside_a_fused_parameter() -> None:
     """Engines concatenate the scales of q, k and v: a border inside a block would shift the rest."""
     weights = [

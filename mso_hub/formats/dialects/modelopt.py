@@ -81,3 +81,15 @@ def algorithm(config: Mapping[str, Any], module: str) -> str | None:
     else:
         said = config.get("quant_algo")
     return said.upper() if isinstance(said, str) else None
+
+
+def group_size(config: Mapping[str, Any], module: str) -> int | None:
+    """Columns per scale that a `quantization_config` gives a module; None where it gives none."""
+    layers, groups = config.get("quantized_layers"), config.get("config_groups")
+    if isinstance(layers, dict):
+        places = [layers.get(module)]
+    else:
+        listed = list(groups.values()) if isinstance(groups, dict) else []
+        places = [config, *(group.get("weights") for group in listed if isinstance(group, dict) and len(listed) == 1)]
+    sizes = [place.get("group_size") for place in places if isinstance(place, dict)]
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)

@@ -263,7 +263,7 @@ def scale_over(
             zero_point = rint(min(max(y, lowest), np.float32(-lowest - np.float32(1))))
         if value < limit * np.float32(0.25) or _has_finite_ends(scale, zero_point, bits, precision):
             return scale, zero_point
-        value = np.float32(value * np.float32(0.96875))
+        value = np.float32(value * np.float32(1.0 - 1.0 / (2 << bits)))
 
 
 @kernel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 from mso_hub.formats.numerics.floats import PRECISION
 
 EXACT = {"enable_fp_fusion": False}
-"""Options of every launch. Without fusion a * b + c is rounded twice, as on the CPU."""
+"""Options of every launch: without fusion a * b + c is rounded twice, as on the CPU."""
 
 _TAGS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.float16, torch.float32: torch.float32}
@@ -59,6 +61,14 @@ def scalar(value: float, like: Tensor) -> Tensor:
     number has another type in Triton's interpreter than in its compiler.
     """
     return torch.full((1,), float(value), dtype=torch.float32, device=like.device)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], values: Tensor, *arguments: Tensor | int | None, **constants: float
+) -> None:
+    """Run a kernel on the device of its first argument, with `EXACT` arithmetic."""
+    with torch.cuda.device(values.get_device()):  # -1, the CPU, changes nothing
+        kernel[grid](values, *arguments, **constants, **EXACT)
 
 
 @triton.jit

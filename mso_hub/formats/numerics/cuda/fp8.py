@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mso_hub.formats.numerics.cuda.floats import (
-    EXACT,
     e4m3_codes,
     e4m3_to_f32,
+    launch,
     load_f32,
     loadable,
     precision,
@@ -68,7 +68,7 @@ def encode_tensor(values: Tensor, scale: float) -> Tensor:
     if codes.numel():
         grid = (triton.cdiv(codes.numel(), _TILE),)
         arguments = (stored, scalar(scale, values), codes, codes.numel())
-        _encode_tensor[grid](*arguments, precision=precision(values.dtype), tile=_TILE, **EXACT)
+        launch(_encode_tensor, grid, *arguments, precision=precision(values.dtype), tile=_TILE)
     return codes
 
 
@@ -94,7 +94,7 @@ def decode(codes: Tensor, scale: Tensor, size: tuple[int, int], dtype: torch.dty
     out = torch.empty((rows, cols), dtype=dtype, device=codes.device)
     arguments = (codes.contiguous(), scale.contiguous(), loadable(out), cols, expected[1], size[0])
     width = 0 if size[1] >= cols else size[1]
-    _decode[rows, triton.cdiv(cols, _TILE)](*arguments, width=width, tile=_TILE, **EXACT)
+    launch(_decode, (rows, triton.cdiv(cols, _TILE)), *arguments, width=width, tile=_TILE)
     return out
 
 
@@ -110,10 +110,10 @@ def _encode_as(values: Tensor, scale_dtype: torch.dtype, size: tuple[int, int], 
     scale = torch.empty(grid, dtype=torch.float32, device=values.device)
     multiples = torch.from_numpy(np.pad(GRID, (0, 32 - GRID.size))).to(values.device)
     tile_rows, tile_cols = _TILES[height == 1]
-    _encode_cells[grid](
-        stored, codes, scale, multiples, rows, cols, height, width, grid[1],
+    launch(
+        _encode_cells, grid, stored, codes, scale, multiples, rows, cols, height, width, grid[1],
         mse=search == "mse", precision=precision(values.dtype), scale_precision=precision(scale_dtype),
-        tile_rows=tile_rows, tile_cols=tile_cols, **EXACT,
+        tile_rows=tile_rows, tile_cols=tile_cols,
     )  # fmt: skip
     if not bool(scale.all()):
         bad = int((scale == 0).flatten().nonzero()[0])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mso_hub.formats.numerics.cuda.floats import EXACT, loadable, require_device, store_f32
+from mso_hub.formats.numerics.cuda.floats import launch, loadable, require_device, store_f32
 from mso_hub.formats.numerics.integer import words_per_row
 
 _TILE = 1024  # columns
@@ -28,7 +28,7 @@ def unpack(packed: Tensor, bits: int, cols: int, *, dense: bool) -> Tensor:
     if codes.numel():
         per_word = 0 if dense else 32 // bits
         grid = (packed.shape[0], triton.cdiv(cols, _TILE))
-        _unpack[grid](packed.contiguous(), codes, cols, words, bits=bits, per_word=per_word, tile=_TILE, **EXACT)
+        launch(_unpack, grid, packed.contiguous(), codes, cols, words, bits=bits, per_word=per_word, tile=_TILE)
     return codes
 
 
@@ -127,7 +127,7 @@ def _decode_as(
         zeros = None if zero_point is None else zero_point.contiguous()
         arguments = (packed.contiguous(), scale.contiguous(), zeros, index, target, cols, packed.shape[1], groups)
         grid = (rows, triton.cdiv(cols, _TILE))
-        _decode[grid](*arguments, group_size=group_size or 0, tile=_TILE, **layout, **EXACT)
+        launch(_decode, grid, *arguments, group_size=group_size or 0, tile=_TILE, **layout)
     return out
 
 

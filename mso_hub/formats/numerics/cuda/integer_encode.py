@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mso_hub.formats.numerics.cuda.floats import EXACT, load_f32, loadable, precision, require_device
+from mso_hub.formats.numerics.cuda.floats import launch, load_f32, loadable, precision, require_device
 from mso_hub.formats.numerics.cuda.integer_search import best, code_of, ends, exact_code, find, image, scale_over, span
 from mso_hub.formats.numerics.integer import words_per_row
 from mso_hub.formats.numerics.integer_encode import SEARCHES
@@ -55,11 +55,11 @@ def encode(
     tried = torch.from_numpy(grid(bits, size, symmetric=symmetric)).to(values.device)
     count = tried.numel() if search == "mse" else 0
     groups, (tile_groups, tile) = scale.numel(), (32, 32) if size <= 256 else (4, 256)
-    _encode[(triton.cdiv(groups, tile_groups),)](
-        stored, codes, scale, zero_point, tried, count, groups, size,
+    launch(
+        _encode, (triton.cdiv(groups, tile_groups),), stored, codes, scale, zero_point, tried, count, groups, size,
         eps=torch.finfo(scale_dtype).eps, mse=count > 0, bits=bits, symmetric=symmetric,
         precision=precision(values.dtype), scale_precision=precision(scale_dtype),
-        tile_groups=tile_groups, tile=tile, **EXACT,
+        tile_groups=tile_groups, tile=tile,
     )  # fmt: skip
     if not bool(scale.all()):
         row, group = divmod(int((scale == 0).flatten().nonzero()[0]), shape[1])
@@ -84,7 +84,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     words = words_per_row(cols, bits, dense=True)
     packed = torch.empty((rows, words), dtype=torch.int32, device=codes.device)
     if packed.numel():
-        _pack[rows, triton.cdiv(words, _TILE)](codes.contiguous(), packed, cols, words, bits=bits, tile=_TILE, **EXACT)
+        grid = (rows, triton.cdiv(words, _TILE))
+        launch(_pack, grid, codes.contiguous(), packed, cols, words, bits=bits, tile=_TILE)
     return packed
 
 

@@ -138,6 +138,7 @@ def _codes_of_most(
         codes: tl.constexpr = 2 * top - 1
         slack: tl.constexpr = 2 if bits > 4 and precision == 1 else 0
         y = most.to(tl.float64) * codes / (high.to(tl.float64) - low.to(tl.float64))
+        y = tl.where(high > low, y, 0.0)
         guess = ((y + 4503599627370496.0) - 4503599627370496.0).to(tl.int32)  # 2**52
         last = tl.where(coarse, guess // 2, guess - 2 - slack)
         return tl.minimum(guess + slack, codes), tl.maximum(last, 1)
@@ -308,7 +309,7 @@ def scale_over(
         scale = tl.where(finite & (going == 1), tried, scale)
         zero_point = tl.where(finite & (going == 1), tried_zero, zero_point)
         going = going & is_positive(tried).to(tl.int32) & (finite == 0).to(tl.int32)
-        value = value * 0.96875
+        value = value * (1.0 - 1.0 / (2 << bits))
     return scale, zero_point
 
 

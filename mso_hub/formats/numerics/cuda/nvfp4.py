@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mso_hub.formats.numerics.cuda.floats import (
-    EXACT,
     e4m3_to_f32,
+    launch,
     load_f32,
     loadable,
     require_device,
@@ -59,16 +59,8 @@ def encode(values: Tensor, global_scale: float, *, search: str = "absmax") -> tu
     stored = loadable(values)
     if scale.numel():
         grid = (triton.cdiv(scale.numel(), _TILE),)
-        _encode[grid](
-            stored,
-            scalar(global_scale, values),
-            packed,
-            scale,
-            scale.numel(),
-            search=SEARCHES.index(search),
-            tile=_TILE,
-            **EXACT,
-        )
+        arguments = (stored, scalar(global_scale, values), packed, scale, scale.numel())
+        launch(_encode, grid, *arguments, search=SEARCHES.index(search), tile=_TILE)
     return packed, scale
 
 
@@ -109,7 +101,7 @@ def _decode_as(packed: Tensor, scale: Tensor, factor: float, dtype: torch.dtype,
         grid = (triton.cdiv(scale.numel(), _TILE),)
         codes, scales, target = packed.contiguous(), scale.contiguous(), loadable(out)
         factors = scalar(factor, packed)
-        _decode[grid](codes, scales, factors, target, scale.numel(), divided=divided, tile=_TILE, **EXACT)
+        launch(_decode, grid, codes, scales, factors, target, scale.numel(), divided=divided, tile=_TILE)
     return out
 
 

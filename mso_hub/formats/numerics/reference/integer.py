@@ -266,7 +266,7 @@ class Rule:
             ends = self.decode(torch.tensor([self.lowest, self.highest]).float(), scale, zero_point)
             if ends.isfinite().all():
                 return scale, zero_point
-            value = value * 0.96875
+            value = value * (1 - 2.0 ** -(self.bits + 1))
 
     def best(self, x: Tensor, first: tuple[Tensor, Tensor], tried: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point with the least squared error: `first`, or one of the grid."""

@@ -1,0 +1,88 @@
+"""Is every number stored as the code nearest to it?
+
+Rounding to nearest holds in every format and under any scale, so this finds what the size of an error hides: the scale
+of another row, a zero point that is off by one, a block that was written elsewhere. Changing the lowest bit of a code
+gives the number beside it. Half of that distance is the largest error of rounding, except where numbers are clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mso_hub.checkpoint import Array
+from mso_hub.formats.weight import Weight
+
+HALF = 0.51
+"""Of the distance between two numbers; the rest is for the rounding of products to F32."""
+TINY = 2.0**-126
+"""An error that the rounding of subnormal products explains."""
+WORD = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """How codes are changed, as bytes or words of the stored dtype.
+
+    lowest   flips the lowest bit of every code
+    inverse  flips all bits of an integer, all but the sign of a float: the largest floats become zero
+    """
+
+    lowest: int
+    inverse: int
+
+
+def _masks(weight: Weight) -> _Masks | None:
+    """None for dense weights and for codes that straddle words."""
+    decoder, codes = weight.decoder, weight.parts.get("codes")
+    if decoder is None or codes is None:
+        return None
+    if codes.dtype == "F8_E4M3":
+        return _Masks(0x01, 0x7E)
+    if decoder.scheme in ("nvfp4", "mxfp4"):
+        return _Masks(0x11, 0x77)
+    if codes.dtype == "U8":
+        return _Masks(0x11, 0xFF)
+    if codes.dtype == "I8":
+        return _Masks(0x01, 0xFF)
+    if codes.dtype == "I32" and WORD % decoder.bits == 0:
+        return _Masks(sum(1 << at for at in range(0, WORD, decoder.bits)), (1 << WORD) - 1)
+    return None
+
+
+def can_count(weight: Weight) -> bool:
+    """Are there masks for the codes of a weight?"""
+    return _masks(weight) is not None
+
+
+def count_strays(
+    weight: Weight, loaded: Mapping[str, Array], rows: tuple[int, int], values: Array, error: Array
+) -> int:
+    """How many numbers of a block of rows are not stored as the code nearest to them.
+
+    loaded  as Weight.load gives it for these rows
+    values  what the codes stand for, float32
+    error   |values - the numbers they were made from|
+    """
+    masks = _masks(weight)
+    if masks is None:
+        return 0
+
+    def changed(mask: int) -> Array:
+        codes = loaded["codes"]
+        bits = codes.view(f"u{codes.itemsize}") ^ np.array(mask, f"u{codes.itemsize}")
+        return weight.values({**loaded, "codes": bits.view(codes.dtype)}, *rows)[0]
+
+    gap = np.abs(changed(masks.lowest) - values)
+    strays = error > HALF * gap + TINY
+    if not strays.any():
+        return 0
+    inverse = changed(masks.inverse)
+    decoder = weight.decoder
+    if decoder is not None and decoder.scheme.startswith("int"):
+        clipped = np.abs(inverse - values) > (2**decoder.bits - 3.5) * gap
+    else:
+        clipped = inverse == 0
+    return int(np.count_nonzero(strays & ~(clipped & (gap > 0))))
