@@ -26,7 +26,7 @@ from mso_hub.losses import ErrorTable, Loss, Measured, check_path, label_of, rea
 from mso_hub.plan import Plan, Recipe, ShardPlan, Step
 from mso_hub.plan.assign import Group, Option, exact_recipe, groups_of, spend, step_down
 from mso_hub.plan.planner import offered
-from mso_hub.plan.select import Selection
+from mso_hub.plan.select import EXPERT, Selection
 from mso_hub.plan.shards import plan_shards
 from mso_hub.plan.steps import is_packed, scale_dtype, settled, stays_packed
 from mso_hub.plan.summary import percent
@@ -217,6 +217,8 @@ class _Offer:
         copied: dict[str, Format] = {}
         for label, form in forms.items():
             problem = next(filter(None, (form.problem(weight.shape) for weight in members)), None)
+            if problem is None and any(EXPERT.match(weight.module) for weight in members):
+                problem = form.expert_problem
             if problem is None and len(members) > 1:
                 problem = form.fused_problem([weight.shape for weight in members])
             if problem is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from mso_hub.errors import RecipeError
 from mso_hub.formats.fp8 import FP8_CHOICES, Fp8
@@ -66,6 +66,9 @@ READABLE: dict[str, str] = {
 
 def build(scheme: Scheme, layout: str) -> Format | None:
     """The encoder for a scheme, None for DENSE; RecipeError for what does not exist or what no runtime loads."""
+    if scheme.format in ALIASES:
+        said = {f.name: getattr(scheme, f.name) for f in fields(Scheme) if f.name != "format"}
+        scheme = replace(ALIASES[scheme.format], **{key: value for key, value in said.items() if value is not None})
     if scheme.format == DENSE:
         return None
     if scheme.format not in FORMATS:

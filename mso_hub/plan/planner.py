@@ -261,11 +261,22 @@ def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShap
     )
 
 
+def _is_lost(name: str, selection: Selection) -> bool:
+    """Is a stored tensor the activation scale of a quantized weight for which nobody gave another?"""
+    module, _, leaf = name.rpartition(".")
+    return leaf in ("input_scale", "input_global_scale") and selection.scales.get(module, "") is None
+
+
 def _notes(
     checkpoint: Checkpoint, shards: Sequence[ShardPlan], parts: Sequence[_GroupPlan], behind: Sequence[str]
 ) -> tuple[str, ...]:
     notes = [sentence for part in parts for sentence in part.selection.overlaps]
     notes += _in_every([part.selection.absent for part in parts])
+    if lost := [name for part in parts for name in part.dropped if _is_lost(name, part.selection)]:
+        notes.append(
+            f"{len(lost)} activation scales of the source are not taken over, the first is {lost[0]}; "
+            f"--input_scale {checkpoint.name} takes them, for formats with static activation scales"
+        )
     if unused := _in_every([part.selection.unused for part in parts]):
         notes.append(f"{len(unused)} imported exclude patterns match nothing here, the first is {unused[0]!r}")
     if empty := sorted(set(checkpoint.shards) - {shard.name for shard in shards}):

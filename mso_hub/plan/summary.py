@@ -15,6 +15,7 @@ from mso_hub.plan.recipe_file import MANIFEST
 
 HINT = " (--all_linear takes it)"
 """End of a reason that helps who converts, and nobody else."""
+INTEGERS = ("w4a16", "w8a16", "int8")
 DTYPES = {"BF16": "BF16", "F16": "FP16", "F32": "FP32"}
 """Safetensors dtype -> what people call it."""
 
@@ -92,8 +93,9 @@ def form_of(weight: Weight) -> Stored:
 
 
 def planned_form(form: Format) -> Stored:
-    """How weights of a format are stored."""
-    return Stored(form.name, form.bits, form.activations, form.layout)
+    """How weights of a format are stored, in the words that a decoder has for them."""
+    scheme = "fp8" if form.name.startswith("fp8") else f"int{form.bits}" if form.name in INTEGERS else form.name
+    return Stored(scheme, form.bits, form.activations, form.layout)
 
 
 def packed_as(weights: Iterable[Weight]) -> str:

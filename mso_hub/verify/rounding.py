@@ -17,6 +17,9 @@ from mso_hub.formats.weight import Weight
 
 HALF = 0.51
 """Of the distance between two numbers; the rest is for the rounding of products to F32."""
+BF16 = 2.0**-8
+"""Of the number itself, twice half a place: of the scales that give the same BF16 numbers the encoder of integers takes
+the first, whose codes are the nearest to these and not to the source's."""
 TINY = 2.0**-126
 """An error that the rounding of subnormal products explains."""
 WORD = 32
@@ -76,7 +79,7 @@ def count_strays(
         return weight.values({**loaded, "codes": bits.view(codes.dtype)}, *rows)[0]
 
     gap = np.abs(changed(masks.lowest) - values)
-    strays = error > HALF * gap + TINY
+    strays = error > HALF * gap + BF16 * np.abs(values) + TINY
     if not strays.any():
         return 0
     inverse = changed(masks.inverse)

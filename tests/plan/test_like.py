@@ -65,8 +65,12 @@ def every_format() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "layout", "said"), list(every_format()))
-def test_our_own_output_is_made_again(name: str, layout: str, said: dict[str, Any], moe: Path, tmp_path: Path) -> None:
+def test_our_own_output_is_made_again(
+    name: str, layout: str, said: dict[str, Any], moe: Path, llama: Path, tmp_path: Path
+) -> None:
     """The same configs and the same bytes from the config alone, and from the ones with a KV cache."""
+    if layout == "modelopt" and name in ("fp8_dynamic", "fp8_block"):
+        moe = llama  # no engine loads such experts
     for mode, kv_cache in (("all-linear", layout != "deepseek"), ("mlp", False)):
         recipe = Recipe(scheme=name, layout=layout, mode=mode, kv_cache=kv_cache, **said)
         first, second = tmp_path / mode, tmp_path / f"{mode}-again"

@@ -68,7 +68,7 @@ def decode_gptq(
     bits         2, 3, 4 or 8
     zero_offset  1 for checkpoint_format gptq, where zero points are stored minus one; 0 for gptq_v2
     returns      [N, K] held as `floats.storage(dtype)`
-    source       AutoGPTQ's QuantLinear; a stored zero point of 2**bits - 1 means 2**bits, it does not wrap
+    source       AutoGPTQ's QuantLinear, and GPTQModel's conversion of gptq to gptq_v2
     """
     if bits not in GPTQ_BITS or zero_offset not in (0, 1):
         raise ValueError(f"GPTQ has 2, 3, 4 or 8 bits and a zero offset of 0 or 1, got {bits} and {zero_offset}")
@@ -78,11 +78,25 @@ def decode_gptq(
     _check("qzeros", qzeros, (shape[0], rows * bits // 32), good=rows * bits % 32 == 0)
     codes = np.empty((rows, cols), np.int8)
     _unpack_columns(_readonly(qweight), bits, codes)
-    wide = unpack(qzeros, bits, rows, dense=True).T.astype(np.int16) + np.int16(zero_offset)
-    scale = _scale(scales, shape)
+    zeros = _gptq_zero_points(qzeros, bits, rows) if zero_offset else unpack(qzeros, bits, rows, dense=True).T
+    zeros, scale = np.ascontiguousarray(zeros), _scale(scales, shape)
     if g_idx is None:
-        return decode_int8(codes, scale, wide, group_size=group_size, dtype=dtype)
-    return decode_indexed(codes, scale, wide, g_idx, group_size=group_size, dtype=dtype)
+        return decode_int8(codes, scale, zeros, group_size=group_size, dtype=dtype)
+    return decode_indexed(codes, scale, zeros, g_idx, group_size=group_size, dtype=dtype)
+
+
+def _gptq_zero_points(qzeros: npt.NDArray[np.int32], bits: int, rows: int) -> npt.NDArray[np.int8]:
+    """Zero points [N, groups], offset removed, of words that were made by subtracting one from each.
+
+    One is added to the word as a whole, as GPTQModel does and undoes it: where a zero point was 0 it was stored as
+    2**bits - 1 and borrowed from the next one. Codes of 3 bits do not fill words; there each one wraps.
+    """
+    if 32 % bits == 0:
+        ones = np.uint32(sum(1 << low for low in range(0, 32, bits)))
+        return unpack((qzeros.view(np.uint32) + ones).view(np.int32), bits, rows, dense=True).T
+    half = 1 << (bits - 1)
+    zeros = (unpack(qzeros, bits, rows, dense=True).astype(np.int16) + half + 1) % (2 * half) - half
+    return zeros.astype(np.int8).T
 
 
 def _check(name: str, packed: Array, expected: tuple[int, int], *, good: bool) -> None:

@@ -92,7 +92,7 @@ def decode(
 def decode_int8(
     codes: npt.NDArray[np.int8],
     scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.integer] | None,
+    zero_point: npt.NDArray[np.int8] | None,
     *,
     group_size: int | None,
     dtype: str,
@@ -101,7 +101,7 @@ def decode_int8(
 
     codes       int8 [rows, cols]
     scale       float32 [rows, groups], widened exactly from what is stored; multiplies
-    zero_point  int8 or int16 [rows, groups]; None means 0
+    zero_point  int8 [rows, groups]; None means 0
     group_size  columns per group; None for one scale per row
     returns     [rows, cols] held as `floats.storage(dtype)`
     source      compressed-tensors 0.20 IntQuantizationCompressor.decompress
@@ -116,7 +116,7 @@ def decode_int8(
 def decode_indexed(
     codes: npt.NDArray[np.int8],
     scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.integer] | None,
+    zero_point: npt.NDArray[np.int8] | None,
     g_idx: npt.NDArray[np.int32],
     *,
     group_size: int | None,
@@ -160,8 +160,8 @@ def _check_groups(
     shape: tuple[int, ...],
     group_size: int | None,
     scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.integer] | None,
-) -> tuple[int, npt.NDArray[np.int16]]:
+    zero_point: npt.NDArray[np.int8] | None,
+) -> tuple[int, npt.NDArray[np.int8]]:
     """Columns per group, zero points for the kernels; refuse what does not cover the matrix."""
     rows, cols = shape
     size = cols if group_size is None else group_size
@@ -174,13 +174,13 @@ def _check_groups(
             f"got {scale.dtype} {list(scale.shape)}"
         )
     if zero_point is None:
-        return size, _readonly(np.zeros(scale.shape, np.int16))
-    if zero_point.dtype not in (np.int8, np.int16) or zero_point.shape != scale.shape:
+        return size, _readonly(np.zeros(scale.shape, np.int8))
+    if zero_point.dtype != np.int8 or zero_point.shape != scale.shape:
         raise ValueError(
             f"zero_point must be int8 {list(scale.shape)} like the scale, "
             f"got {zero_point.dtype} {list(zero_point.shape)}"
         )
-    return size, _readonly(zero_point.astype(np.int16))
+    return size, _readonly(zero_point)
 
 
 def _readonly(values: Array) -> Array:

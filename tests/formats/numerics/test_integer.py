@@ -143,6 +143,11 @@ def test_decode_equals_the_definition_and_the_reference(data: st.DataObject) -> 
         packed, scale, zeros, g_idx, bits=bits, group_size=group_size, cols=cols, dense=dense, dtype=dtype
     )
     np.testing.assert_array_equal(ours.view(bits_type(dtype)), to_bits(exact))
+    if g_idx is None:
+        single = integer.decode_int8(codes, scale, zeros, group_size=group_size, dtype=dtype)
+    else:
+        single = integer.decode_indexed(codes, scale, zeros, g_idx, group_size=group_size, dtype=dtype)
+    np.testing.assert_array_equal(single.view(bits_type(dtype)), to_bits(exact))
     plain = reference.decode(
         reference.unpack(torch.from_numpy(packed), bits, cols, dense=dense),
         torch.from_numpy(scale),
@@ -183,3 +188,27 @@ def test_decode_refuses_arrays_that_do_not_fit_together() -> None:
     refused("at least 1, or None", group_size=0)
     refused("2 to 8 bits, got 9", bits=9)
     refused("holds no plain floats", dtype="F8_E4M3")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [7, 640, None])
+def test_rows_longer_than_a_tile_are_decoded_as_a_whole(bits: int, group_size: int | None) -> None:
+    """Kernels work on 2048 columns at a time; groups and padded words do not end there."""
+    rng = np.random.default_rng(bits)
+    codes = random_codes(rng, (2, 5001), bits)
+    groups = 1 if group_size is None else -(-5001 // group_size)
+    scale = rng.standard_normal((2, groups), np.float32)
+    exact = codes.astype(np.float32) * np.repeat(scale, group_size or 5001, axis=1)[:, :5001]
+    for dense in (True, False):
+        options = {"bits": bits, "group_size": group_size, "cols": 5001, "dense": dense, "dtype": "F32"}
+        ours = integer.decode(pack(codes, bits, dense=dense), scale, None, None, **options)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(ours, exact)
+    np.testing.assert_array_equal(integer.decode_int8(codes, scale, None, group_size=group_size, dtype="F32"), exact)
+
+
+def test_decode_int8_refuses_what_is_not_int8() -> None:
+    scale = np.ones((8, 2), np.float32)
+    with pytest.raises(ValueError, match=r"codes must be an int8 matrix, got uint8 \[8, 64\]"):
+        integer.decode_int8(np.zeros((8, 64), np.uint8), scale, None, group_size=32, dtype="BF16")
+    with pytest.raises(ValueError, match=r"float32 scale \[8, 2\], got float32 \[8, 1\]"):
+        integer.decode_int8(np.zeros((8, 64), np.int8), scale[:, :1], None, group_size=32, dtype="BF16")

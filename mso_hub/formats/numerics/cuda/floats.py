@@ -64,7 +64,7 @@ def scalar(value: float, like: Tensor) -> Tensor:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], values: Tensor, *arguments: Tensor | int | None, **constants: float
+    kernel: Any, grid: tuple[int, ...], values: Tensor, /, *arguments: Tensor | int | None, **constants: float
 ) -> None:
     """Run a kernel on the device of its first argument, with `EXACT` arithmetic."""
     with torch.cuda.device(values.get_device()):  # -1, the CPU, changes nothing

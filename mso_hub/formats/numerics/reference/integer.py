@@ -101,7 +101,12 @@ def decode_gptq(
     """
     rows, cols = scales.shape[1], qweight.shape[0] * 32 // bits
     code = unpack(qweight.T, bits, cols, dense=True)
-    zero_point = unpack(qzeros, bits, rows, dense=True).T + zero_offset
+    if zero_offset and 32 % bits == 0:  # one more in every code; a carry undoes the borrow of a code that was 0
+        qzeros = qzeros + sum(1 << low for low in range(0, 32, bits))
+    zero_point = unpack(qzeros, bits, rows, dense=True).T
+    if zero_offset and 32 % bits:
+        half = 1 << (bits - 1)
+        zero_point = (zero_point + half + 1) % (2 * half) - half
     return decode(code, scales.float().T, zero_point, group, dtype)
 
 
