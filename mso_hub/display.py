@@ -183,16 +183,24 @@ def comparison_text(comparison: Comparison) -> str:
 
 
 def formats_rows() -> list[tuple[str, ...]]:
-    """A row for each format: name, what it is, what each layout has (W4A16, ...), group sizes, scale searches."""
+    """A row for each format: name, what it is, what each layout has (W4A16, ...), group sizes, default search."""
     rows = []
     for name, entry in FORMATS.items():
         choices = entry.choices
         kinds = {layout: choices.activations[layout] for layout in choices.loaders}
         cells = (" ".join(f"W{entry.bits}A{bits}" for bits in kinds.get(layout, ())) for layout in LAYOUTS)
-        groups = " ".join("row" if group == 0 else str(group) for group in choices.group_sizes)
-        zero = "symmetric or not" if choices.asymmetric else ""
-        rows.append((name, entry.summary, *cells, ", ".join(filter(None, (groups, zero))), " ".join(choices.searches)))
+        rows.append((name, entry.summary, *cells, " ".join(map(str, choices.group_sizes)), choices.searches[0]))
     return rows
+
+
+def _options() -> list[tuple[str, str]]:
+    """Options that only some formats have -> those formats."""
+    by_option: dict[str, list[str]] = {}
+    for name, entry in FORMATS.items():
+        if len(entry.choices.searches) > 1:
+            by_option.setdefault(f"--scale_search {' '.join(sorted(entry.choices.searches))}", []).append(name)
+    by_option["--asymmetric"] = [name for name, entry in FORMATS.items() if entry.choices.asymmetric]
+    return [(option, " ".join(names)) for option, names in by_option.items()]
 
 
 def _loaders() -> list[tuple[str, str]]:
@@ -210,10 +218,10 @@ def _loaders() -> list[tuple[str, str]]:
 def formats_text() -> str:
     """What `mso-hub formats` prints."""
     historic = [(name, f"historic name of {scheme.format}", *[""] * 5) for name, scheme in ALIASES.items()]
-    dense = (DENSE, "decoded, as `decompress` does", *[""] * 5)
+    dense = (DENSE, "decoded: `decompress`", *[""] * 5)
     return "\n\n".join([
-        table([*formats_rows(), *historic, dense], ("writes", "what", *LAYOUTS, "group_size", "scale_search")),
-        table(_loaders(), ("layout", "loads in")),
+        table([*formats_rows(), *historic, dense], ("writes", "what", *LAYOUTS, "group_size", "scales")),
+        table([*_options(), *_loaders()], ("option or layout", "formats")),
         table(READABLE.items(), ("reads", "what")),
     ])  # fmt: skip
 

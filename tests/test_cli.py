@@ -256,7 +256,7 @@ def test_extract_text_writes_the_language_model(tmp_path: Path) -> None:
 def test_formats_lists_what_works() -> None:
     """Written and read: every name with what it can be asked for."""
     shown = succeed("formats").stdout
-    for name in (*FORMATS, *ALIASES, DENSE, *READABLE, *LAYOUTS, "mse absmax four_over_six"):
+    for name in (*FORMATS, *ALIASES, DENSE, *READABLE, *LAYOUTS, "absmax four_over_six mse"):
         assert name in shown, name
 
 

@@ -19,10 +19,12 @@ import click
 
 from mso_hub.cli.errors import CHOICE, choose, shortened
 from mso_hub.cli.options import (
+    DEVICE,
     HUB,
     JSON,
     LIST_CONFIGS,
     PRESETS,
+    PROCESSORS,
     RUN,
     SCHEME,
     SOURCE,
@@ -123,7 +125,7 @@ def closing_lines(plan: Plan, sink: Sink, shown: Sequence[str] = ()) -> str:
 
 
 @main.command()
-@several(SOURCE, TARGET, SCHEME, CHOICE, RUN, HUB, LIST_CONFIGS)
+@several(SOURCE, TARGET, SCHEME, CHOICE, RUN, DEVICE, HUB, LIST_CONFIGS)
 @opt("calibrate", is_flag=True, hidden=True)
 @opt("calib_size", type=int, hidden=True)
 @opt("calib_dataset", hidden=True)
@@ -140,7 +142,7 @@ def quantize(calibrate: bool, calib_size: int | None, calib_dataset: str | None,
 
 
 @main.command()
-@several(SOURCE, TARGET, RUN, HUB)
+@several(SOURCE, TARGET, RUN, PROCESSORS, HUB)
 @opt(
     "dtype",
     default="bf16",
@@ -157,7 +159,7 @@ def decompress(dtype: str, text_only: bool, **options: Any) -> None:
 
 
 @main.command("extract-text")
-@several(SOURCE, TARGET, RUN, HUB)
+@several(SOURCE, TARGET, RUN, PROCESSORS, HUB)
 def extract_text(**options: Any) -> None:
     """Write the language model of a multimodal checkpoint as a checkpoint of its own."""
     from mso_hub.plan import Recipe

@@ -79,9 +79,11 @@ RUN = several(
         help="Bar, or one JSON event a line.",
     ),
     opt("quiet", is_flag=True, help="Print errors only."),
-    opt("device", default="cpu", metavar="NAME", help="cpu, or cuda:N for NVFP4, FP8 and integers [cpu]."),
     opt("num_gpus", type=int, default=0, hidden=True),
 )
+DEVICE = opt("device", default="cpu", metavar="NAME", help="cpu, or cuda:N for NVFP4, FP8 and integers [cpu].")
+PROCESSORS = opt("device", default="cpu", hidden=True)
+"""Where nothing is encoded a GPU is refused: decoding runs on processors."""
 SCHEME = several(
     opt("format", metavar="NAME", help="What weights become; `mso-hub formats` lists them [nvfp4]."),
     opt("recipe", metavar="FILE", help="Several formats: FILE.toml, FILE.yaml, a preset, or an output to do again."),

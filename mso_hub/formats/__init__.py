@@ -32,15 +32,15 @@ class Entry:
 
 
 FORMATS: dict[str, Entry] = {
-    "nvfp4": Entry(4, "FP4, an E4M3 scale for 16 columns", NVFP4_CHOICES, Nvfp4.build),
-    "mxfp4": Entry(4, "FP4, a power of two for 32 columns", MX_CHOICES["mxfp4"], Mx.build),
-    "mxfp8": Entry(8, "FP8, a power of two for 32 columns", MX_CHOICES["mxfp8"], Mx.build),
-    "fp8": Entry(8, "FP8, one scale a tensor", FP8_CHOICES["fp8"], Fp8.build),
-    "fp8_dynamic": Entry(8, "FP8, one scale a row", FP8_CHOICES["fp8_dynamic"], Fp8.build),
-    "fp8_block": Entry(8, "FP8, one scale for 128 x 128", FP8_CHOICES["fp8_block"], Fp8.build),
+    "nvfp4": Entry(4, "FP4, E4M3 scale per 16", NVFP4_CHOICES, Nvfp4.build),
+    "mxfp4": Entry(4, "FP4, power of 2 per 32", MX_CHOICES["mxfp4"], Mx.build),
+    "mxfp8": Entry(8, "FP8, power of 2 per 32", MX_CHOICES["mxfp8"], Mx.build),
+    "fp8": Entry(8, "FP8, scale per tensor", FP8_CHOICES["fp8"], Fp8.build),
+    "fp8_dynamic": Entry(8, "FP8, scale per row", FP8_CHOICES["fp8_dynamic"], Fp8.build),
+    "fp8_block": Entry(8, "FP8, scale per 128x128", FP8_CHOICES["fp8_block"], Fp8.build),
     "w4a16": Entry(4, "INT4, packed", INTEGER_CHOICES["w4a16"], Integer.build),
     "w8a16": Entry(8, "INT8, packed", INTEGER_CHOICES["w8a16"], Integer.build),
-    "int8": Entry(8, "INT8, one scale a row", INTEGER_CHOICES["int8"], Integer.build),
+    "int8": Entry(8, "INT8, scale per row", INTEGER_CHOICES["int8"], Integer.build),
 }
 
 ALIASES = {"int4_awq": Scheme("w4a16", group_size=128, search="mse")}
@@ -51,12 +51,12 @@ DENSE = "bf16"
 
 READABLE: dict[str, str] = {
     "dense": "BF16, FP16, FP32",
-    "FP8": "E4M3, a scale for a tensor, row, group or block, F32 to E8M0: compressed-tensors, ModelOpt, DeepSeek",
+    "FP8": "E4M3: scale per tensor, row, group or block, F32 to E8M0; every layout",
     "MXFP8": "compressed-tensors, ModelOpt",
     "MXFP4": "compressed-tensors, ModelOpt, DeepSeek-V4 experts, gpt-oss",
-    "NVFP4": "compressed-tensors, ModelOpt (also behind a smoothing scale: NVFP4_AWQ), W4A16 and W4A4",
-    "pack-quantized": "compressed-tensors INT2 to INT8: group or channel, symmetric or asymmetric, g_idx",
-    "int-quantized": "compressed-tensors INT8 (also naive-quantized): tensor, channel or group, zero points",
+    "NVFP4": "compressed-tensors, ModelOpt (NVFP4_AWQ too), W4A16 and W4A4",
+    "pack-quantized": "compressed-tensors INT2 to INT8: group or row, with or without zero points, g_idx",
+    "int-quantized": "compressed-tensors INT8 (also naive-quantized): tensor, row or group, zero points",
     "ModelOpt INT": "W8A16, W8A8_SQ_PER_CHANNEL, W4A16_AWQ, smoothing scales included",
     "AWQ": "AutoAWQ GEMM, 4 bits, also as AutoRound writes it",
     "GPTQ": "2, 3, 4 and 8 bits, v1 and v2, act-order, also as AutoRound writes it",

@@ -25,12 +25,13 @@ BLOCK = 128
 TENSOR, CHANNEL, TILE = "fp8", "fp8_dynamic", "fp8_block"
 ALGOS = {TENSOR: "FP8", CHANNEL: "FP8_PER_CHANNEL_PER_TOKEN", TILE: "FP8_PB_WO"}
 _BOTH = {"compressed-tensors": "vLLM", "modelopt": "vLLM, TensorRT-LLM"}
+_VLLM = {"compressed-tensors": "vLLM", "modelopt": "vLLM"}
 _EIGHT = {"compressed-tensors": (8,), "modelopt": (8,), "deepseek": (8,)}
 
 FP8_CHOICES = {
     TENSOR: Choices(_BOTH, _EIGHT, ("absmax",)),
-    CHANNEL: Choices(_BOTH, _EIGHT, ("absmax", "mse")),
-    TILE: Choices({**_BOTH, "deepseek": "vLLM, SGLang"}, _EIGHT, ("absmax", "mse")),
+    CHANNEL: Choices(_VLLM, _EIGHT, ("absmax", "mse")),
+    TILE: Choices({**_VLLM, "deepseek": "vLLM, SGLang"}, _EIGHT, ("absmax", "mse")),
 }
 
 

@@ -15,11 +15,15 @@ import numpy as np
 from mso_hub.checkpoint import Array
 from mso_hub.formats.weight import Weight
 
-HALF = 0.51
-"""Of the distance between two numbers; the rest is for the rounding of products to F32."""
+HALF, WHOLE = 0.51, 1.01
+"""Of the distance between two numbers, for integers and for floats; the hundredth is for products rounded to F32.
+
+Encoders take the first of all scales that give the same BF16 numbers. With it the codes are nearest to these numbers
+and not to the source's: BF16 is one part of that, and for floats the scale may be half the one that they were rounded
+under, which shows among the smallest codes.
+"""
 BF16 = 2.0**-8
-"""Of the number itself, twice half a place: of the scales that give the same BF16 numbers the encoder of integers takes
-the first, whose codes are the nearest to these and not to the source's."""
+"""Of the number itself: half a place in BF16, twice."""
 TINY = 2.0**-126
 """An error that the rounding of subnormal products explains."""
 WORD = 32
@@ -29,12 +33,14 @@ WORD = 32
 class _Masks:
     """How codes are changed, as bytes or words of the stored dtype.
 
-    lowest   flips the lowest bit of every code
-    inverse  flips all bits of an integer, all but the sign of a float: the largest floats become zero
+    lowest    flips the lowest bit of every code
+    inverse   flips all bits of an integer, all but the sign of a float: the largest floats become zero
+    integers  how many codes there are, 0 for floats
     """
 
     lowest: int
     inverse: int
+    integers: int = 0
 
 
 def _masks(weight: Weight) -> _Masks | None:
@@ -42,16 +48,17 @@ def _masks(weight: Weight) -> _Masks | None:
     decoder, codes = weight.decoder, weight.parts.get("codes")
     if decoder is None or codes is None:
         return None
-    if codes.dtype == "F8_E4M3":
+    if decoder.scheme in ("fp8", "mxfp8"):
         return _Masks(0x01, 0x7E)
     if decoder.scheme in ("nvfp4", "mxfp4"):
         return _Masks(0x11, 0x77)
+    number = 1 << decoder.bits
     if codes.dtype == "U8":
-        return _Masks(0x11, 0xFF)
+        return _Masks(0x11, 0xFF, number)
     if codes.dtype == "I8":
-        return _Masks(0x01, 0xFF)
+        return _Masks(0x01, 0xFF, number)
     if codes.dtype == "I32" and WORD % decoder.bits == 0:
-        return _Masks(sum(1 << at for at in range(0, WORD, decoder.bits)), (1 << WORD) - 1)
+        return _Masks(sum(1 << at for at in range(0, WORD, decoder.bits)), (1 << WORD) - 1, number)
     return None
 
 
@@ -79,13 +86,9 @@ def count_strays(
         return weight.values({**loaded, "codes": bits.view(codes.dtype)}, *rows)[0]
 
     gap = np.abs(changed(masks.lowest) - values)
-    strays = error > HALF * gap + BF16 * np.abs(values) + TINY
+    strays = error > (HALF if masks.integers else WHOLE) * gap + BF16 * np.abs(values) + TINY
     if not strays.any():
         return 0
     inverse = changed(masks.inverse)
-    decoder = weight.decoder
-    if decoder is not None and decoder.scheme.startswith("int"):
-        clipped = np.abs(inverse - values) > (2**decoder.bits - 3.5) * gap
-    else:
-        clipped = inverse == 0
+    clipped = np.abs(inverse - values) > (masks.integers - 3.5) * gap if masks.integers else inverse == 0
     return int(np.count_nonzero(strays & ~(clipped & (gap > 0))))
