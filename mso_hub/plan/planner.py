@@ -281,6 +281,6 @@ def _notes(
         notes.append(f"{len(unused)} imported exclude patterns match nothing here, the first is {unused[0]!r}")
     if empty := sorted(set(checkpoint.shards) - {shard.name for shard in shards}):
         notes.append(f"{len(empty)} shards are left without tensors and not written: {', '.join(empty[:3])}")
-    if stale := [name for name in behind if name not in REPO_FILES]:
+    if stale := [name for name in behind if name not in (*REPO_FILES, "mso_hub.json")]:
         notes.append(f"not carried, they describe the old weights: {', '.join(stale[:5])}")
     return tuple(notes)

@@ -58,9 +58,9 @@ def _contradictions(config: Mapping[str, Any], weight: Weight) -> Iterator[str]:
     form = _said_form(config, weight) if decoder.layout == said.method == "compressed-tensors" else None
     if form is not None and form not in _forms(weight):
         yield f"says format {form}, stored is {' or '.join(_forms(weight))}"
-    grid, expected = _stored_grid(weight), _said_grid(config, said, weight)
-    if grid is not None and expected is not None and grid != expected:
-        yield f"says {_words(expected, weight)}, stored is {_words(grid, weight)}"
+    stored, expected = _stored_grid(weight), _said_grid(config, said, weight)
+    if stored is not None and expected is not None and stored != expected[0]:
+        yield f"says one scale for {expected[1]}, stored {_words(stored, weight)}"
 
 
 def _forms(weight: Weight) -> tuple[str, ...]:
@@ -91,33 +91,32 @@ def _stored_grid(weight: Weight) -> Grid | None:
     return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
 
 
-def _said_grid(config: Mapping[str, Any], said: Announced, weight: Weight) -> Grid | None:
-    """How many scales a loader makes room for, None where the config leaves it open."""
+def _said_grid(config: Mapping[str, Any], said: Announced, weight: Weight) -> tuple[Grid, str] | None:
+    """How many scales a loader makes room for, and what one is for; None where the config leaves it open."""
     rows, columns = weight.shape
-    size = said.group_size
-    strategy = said.strategy or ("group" if size is not None and size > 0 else "")
+    size, strategy = said.group_size, said.strategy
     if said.method == "modelopt":
-        strategy = strategy or STRATEGIES.get(modelopt.algorithm(config, weight.module) or "", "")
         size = modelopt.group_size(config, weight.module)
-        strategy = strategy or ("group" if size is not None else "")
-    elif said.method == "fp8" and not said.cell and config.get("weight_block_size") is None:
-        strategy = "tensor"
+        strategy = strategy or STRATEGIES.get(modelopt.algorithm(config, weight.module) or "", "")
+    elif said.method == "fp8":
+        if weight.decoder is None or weight.decoder.scheme != "fp8":  # DeepSeek-V4's experts have scales of their own
+            return None
+        strategy = strategy or ("tensor" if config.get("weight_block_size") is None else "")
     if strategy == "tensor":
-        return 1, 1
+        return (1, 1), "the tensor"
     if strategy == "channel":
-        return rows, 1
+        return (rows, 1), "a row"
     if strategy == "block" and said.cell:
-        return math.ceil(rows / said.cell[0]), math.ceil(columns / said.cell[1])
-    if strategy in ("group", "tensor_group") and size is not None and size > 0:
-        return rows, math.ceil(columns / size)
+        return (math.ceil(rows / said.cell[0]), math.ceil(columns / said.cell[1])), "{} x {}".format(*said.cell)
+    if strategy in ("group", "tensor_group", "") and size is not None and size > 0:
+        return (rows, math.ceil(columns / size)), f"{size} columns"
     return None
 
 
 def _words(grid: Grid, weight: Weight) -> str:
-    """For messages: what one scale is for."""
-    rows, columns = (math.ceil(size / count) for size, count in zip(weight.shape, grid, strict=True))
+    """For messages: how scales are stored."""
     if grid == (1, 1):
-        return "one scale a tensor"
-    if grid[1] == 1 and rows == 1:
-        return "one scale a row"
-    return f"one scale for {columns} columns" if rows == 1 else f"one scale for {rows} x {columns}"
+        return "is one for the tensor"
+    if grid[0] != weight.shape[0]:
+        return f"are {grid[0]} x {grid[1]} for {' x '.join(map(str, weight.shape))}"
+    return "is one for a row" if grid[1] == 1 else f"is one for {math.ceil(weight.shape[1] / grid[1])} columns"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from mso_hub.checkpoint import Checkpoint
@@ -13,10 +13,13 @@ from mso_hub.verify.announced import compiled, entries, expects_packed, ignored_
 from mso_hub.verify.claims import claim_problems, shown
 
 
-def config_problems(checkpoint: Checkpoint, weights: Sequence[Weight], runtime_scales: Sequence[str]) -> Iterator[str]:
+def config_problems(
+    checkpoint: Checkpoint, weights: Sequence[Weight], runtime_scales: Sequence[str], refused: Container[str] = ()
+) -> Iterator[str]:
     """Sentences for every contradiction between config.json and the stored tensors.
 
     runtime_scales  names of stored activation scales
+    refused         modules of which it is known already that they are not what the config says
     """
     configs = quantization_configs(checkpoint.config)
     packed = [w for w in weights if w.decoder is not None]
@@ -48,8 +51,9 @@ def config_problems(checkpoint: Checkpoint, weights: Sequence[Weight], runtime_s
     ]  # fmt: skip
     if open_ones:
         yield f"config.json: stored dense and not in ignore, so loaders expect them packed: {shown(open_ones)}"
-    yield from _layout_problems(checkpoint, config, packed)
-    yield from claim_problems(config, packed)
+    sound = [w for w in packed if w.module not in refused]
+    yield from _layout_problems(checkpoint, config, sound)
+    yield from claim_problems(config, sound)
     yield from _activation_problems(config, packed, runtime_scales)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from mso_hub.source import Source, open_source, read_checkpoint
 from mso_hub.verify.opened import Opened
 
 CHUNK = 8 << 20
-SEARCHES = (*(s for s in FORMATS["nvfp4"].choices.searches if s != "absmax"), POWER)
-"""Ways to choose scales that are not ModelOpt's."""
 MODELOPT = "absmax"
+SEARCHES = tuple(search for search in FORMATS["nvfp4"].choices.searches if search != MODELOPT)
+"""Ways to choose scales that are not ModelOpt's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +89,13 @@ def _compare_modelopt(mine: Opened, theirs: Opened) -> Compared:
     nearest: Counter[str] = Counter()
     problems: list[str] = []
     for members in [*shared.values(), *((m,) for m in sorted(alone))]:
-        values = [_whole(theirs.weights[packed[m].name], theirs.source.read) for m in members]
+        originals = [theirs.weights[packed[m].name] for m in members]
+        values = [_whole(w, theirs.source.read) for w in originals]
+        searches = (POWER, *SEARCHES) if all(_is_mxfp4(w) for w in originals) else SEARCHES
         amax = max(floats.amax(v, dtype) for v, dtype in values)
         for module, value in zip(members, values, strict=True):
-            search, wrong = _nearest(packed[module].load(mine.source.read, 0, len(value[0])), value, amax)
+            stored = packed[module].load(mine.source.read, 0, len(value[0]))
+            search, wrong = _nearest(stored, value, amax, searches)
             if wrong:
                 whose = "ModelOpt's" if search == MODELOPT else f"what --scale_search {search} gives in"
                 problems.append(f"{module}: {wrong:,} bytes differ from {whose} codes and scales")
@@ -103,7 +106,13 @@ def _compare_modelopt(mine: Opened, theirs: Opened) -> Compared:
     return Compared(equal, (*(_searched(*found) for found in nearest.items()), *problems), tuple(notes))
 
 
-def _nearest(stored: Mapping[str, Array], value: tuple[Array, str], amax: float) -> tuple[str, int]:
+def _is_mxfp4(weight: Weight) -> bool:
+    return weight.decoder is not None and weight.decoder.scheme == "mxfp4"
+
+
+def _nearest(
+    stored: Mapping[str, Array], value: tuple[Array, str], amax: float, searches: Sequence[str]
+) -> tuple[str, int]:
     """Whose codes and block scales the stored ones are, or are nearest to, and how many bytes differ from them."""
     from mso_hub.formats.numerics import modelopt, nvfp4
 
@@ -112,7 +121,7 @@ def _nearest(stored: Mapping[str, Array], value: tuple[Array, str], amax: float)
         return sum(int(np.count_nonzero(ours != theirs)) for ours, theirs in pairs)
 
     found = {MODELOPT: wrong(modelopt.encode(*value, nvfp4.global_scale(amax)))}
-    for search in SEARCHES if found[MODELOPT] else ():
+    for search in searches if found[MODELOPT] else ():
         found[search] = wrong(nvfp4.encode(*value, nvfp4.global_scale(amax, search=search), search=search))
     best = min(found, key=lambda name: found[name])
     return best, found[best]

@@ -76,7 +76,7 @@ def _verify(mine: Opened, theirs: Opened | None, reference: str | Path | None, o
     problems += _index_problems(mine)
     problems += _file_problems(mine)
     problems += alike(mine.refused)
-    problems += config_problems(mine.checkpoint, weights, mine.runtime_scales)
+    problems += config_problems(mine.checkpoint, weights, mine.runtime_scales, mine.refused)
     shared, scale_problems = check_scales(mine)
     problems += [*scale_problems, *cache_problems(mine)]
     identical = 0

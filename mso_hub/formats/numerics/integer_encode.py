@@ -64,7 +64,8 @@ def encode(
                  [rows, groups] or None
     direction    the scale multiplies: w ~= (code - zero_point) * scale
     zeros        an all-zero group has the scale that compressed-tensors gives it, the eps of scale_dtype
-    stable       encoding what `integer.decode` gives in `dtype` gives the same codes, scales and zero points again
+    stable       encoding what `integer.decode` gives in `dtype` gives the same codes, scales and zero points again;
+                 where scale_dtype is neither `dtype` nor F32, as long as scales are normal numbers of scale_dtype
     raises       ValueError when cols is no multiple of group_size, or a scale rounds to 0 or to infinity in scale_dtype
     source       absmax: compressed-tensors 0.20 calculate_qparams and quantize
     """

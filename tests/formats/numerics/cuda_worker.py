@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels: in this process on a GPU, or in a second one under Triton's interpreter.
+"""Runs the CUDA kernels, in this process on a GPU or in a second one under Triton's interpreter, and compares bits.
 
 The interpreter must be chosen before triton is imported, so it gets a process of its own: the tests
 around it, and the libraries that they load, never see it.
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mso_hub.formats.numerics import floats
 from tests.formats.numerics.strategies import TORCH, to_bits, to_torch
 
 TAGS = {np.dtype(np.uint16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
@@ -68,3 +69,22 @@ class Kernels:
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown()
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Equal bits; a NaN may be any NaN."""
+    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (ours, theirs)), strict=True):
+        if a is b is None:
+            continue
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        np.testing.assert_array_equal(canonical(a), canonical(b))
+
+
+def canonical(values: floats.Array) -> floats.Array:
+    """Bits; floats (BF16 as uint16) with one pattern for all NaN."""
+    tag = {"uint16": "BF16", "float16": "F16", "float32": "F32"}.get(values.dtype.name)
+    if tag is None:
+        return values
+    wide = floats.widen(np.ascontiguousarray(values), tag)
+    return np.where(np.isnan(wide), np.float32(np.nan), wide).view(np.uint32)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mso_hub.formats.numerics import floats, fp8, integer, integer_encode, nvfp4
-from tests.formats.numerics.cuda_worker import Kernels
+from tests.formats.numerics.cuda_worker import Kernels, assert_same
 from tests.formats.numerics.strategies import DTYPES, all_finite, bits_type, finite, gaussian, matrices
 
 if find_spec("triton") is None:
@@ -52,25 +52,6 @@ def mixture(dtype: str, rows: int, cols: int, seed: int = 0) -> floats.Array:
     bits = rng.integers(0, 1 << 32, stored[1::7].shape, np.uint32).astype(bits_type(dtype))
     stored[1::7] = finite(bits, dtype)
     return np.ascontiguousarray(stored)
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    """Equal bits; a NaN may be any NaN."""
-    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (ours, theirs)), strict=True):
-        if a is b is None:
-            continue
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        np.testing.assert_array_equal(canonical(a), canonical(b))
-
-
-def canonical(values: floats.Array) -> floats.Array:
-    """Bits; floats (BF16 as uint16) with one pattern for all NaN."""
-    tag = {"uint16": "BF16", "float16": "F16", "float32": "F32"}.get(values.dtype.name)
-    if tag is None:
-        return values
-    wide = floats.widen(np.ascontiguousarray(values), tag)
-    return np.where(np.isnan(wide), np.float32(np.nan), wide).view(np.uint32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,6 +90,16 @@ def test_nvfp4_encodes_many_blocks_the_same(kernels: Kernels, search: str, dtype
         assert_same(kernels("nvfp4.encode", tensor, own, search=search), theirs)
     again = nvfp4.decode(*theirs, own, dtype)
     assert_same(kernels("nvfp4.encode", again, own, search=search), nvfp4.encode(again, dtype, own, search=search))
+
+
+@pytest.mark.parametrize("search", nvfp4.SEARCHES[1:])
+def test_nvfp4_settles_equal_errors_the_same(kernels: Kernels, search: str) -> None:
+    """Blocks of three short numbers, whose errors are exact and so are often equal."""
+    values = np.random.default_rng(4).integers(-64, 65, (256, 64)).astype(np.float32) / 8
+    values.reshape(-1, 16)[:, 3:] = 0
+    values[0, :3], values[0, 16:19], values[0, 32:35] = (5, 5.875, 3.625), (2.75, 4.875, 2.875), (3.75, 3.25, 0)
+    theirs = nvfp4.encode(values, "F32", np.float32(1), search=search)
+    assert_same(kernels("nvfp4.encode", values, np.float32(1), search=search), theirs)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -342,6 +333,15 @@ def test_integers_encode_many_groups_the_same(
     decoded[-1] = values[0]
     decoded[-2, :-1] = decoded[0, :-1]
     assert encode_both(kernels, "integer_encode.encode", decoded, dtype, **options | {"scale_dtype": dtype})
+
+
+def test_codes_that_bf16_confuses_are_encoded_the_same(kernels: Kernels) -> None:
+    """255 steps have more bits than a BF16 number: decoded ones may lie next to another code."""
+    options: dict[str, Any] = {"bits": 8, "group_size": 32, "symmetric": False, "scale_dtype": "BF16"}
+    values = floats.narrow(np.random.default_rng(5).uniform(-1, 3, (48, 256)).astype(np.float32), "BF16")
+    for _ in range(2):
+        codes, scale, zeros = encode_both(kernels, "integer_encode.encode", values, "BF16", **options) or ()
+        values = integer.decode_int8(codes, scale, zeros, group_size=32, dtype="BF16")
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
