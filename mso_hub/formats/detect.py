@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -104,6 +104,15 @@ def _without_config(
         return None
 
 
+def _missing_scale(
+    names: Iterable[str], tensors: Mapping[str, TensorInfo], configs: Sequence[Mapping[str, Any]]
+) -> str:
+    """A hint where a scale seems to be lost: codes of a byte in a format that the config names."""
+    known = any(c.get("quant_method") in ("compressed-tensors", "modelopt", "fp8") for c in configs)
+    lone = [n for n in names if n.endswith(".weight") and tensors[n].dtype in ("F8_E4M3", "I8")]
+    return f"; or the checkpoint is incomplete: {lone[0]}_scale is missing" if known and lone else ""
+
+
 def module_of(name: str) -> str:
     """The module of a stored tensor, also of the blocks and scales of gpt-oss."""
     for ending in ("_blocks", "_scales"):
@@ -163,6 +172,6 @@ def read_weights(
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
         raise PlanError(
             "the source is already quantized in a format without a decoder: " + "; ".join(shown[:3]) + more
-            + "; `mso-hub formats` lists what can be read"
+            + "; `mso-hub formats` lists what can be read" + _missing_scale(strange, tensors, configs)
         )  # fmt: skip
     return weights, dropped

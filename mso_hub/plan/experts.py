@@ -21,7 +21,7 @@ WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"
 
 def is_fused_experts(weight: Weight) -> bool:
     """Is this a bank of experts in one tensor?"""
-    return len(weight.shape) == 3 and weight.decoder is None and FUSED_EXPERTS.match(weight.name) is not None
+    return len(weight.shape) == 3 and FUSED_EXPERTS.match(weight.name) is not None
 
 
 def _sizes(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -59,6 +59,11 @@ def split_experts(weight: Weight, config: Mapping[str, Any], names: Mapping[str,
     match = FUSED_EXPERTS.match(weight.name)
     if match is None:
         raise PlanError(f"{weight.name}: not a bank of fused experts, shape {list(weight.shape)}")
+    if weight.decoder is not None:
+        raise PlanError(
+            f"{weight.name}: experts packed in one tensor ({weight.decoder.name}) can be decoded, not quantized; add "
+            "the experts to `ignore`, which makes them dense, or decompress the checkpoint"
+        )
     bank, leaf = match["bank"], match["leaf"]
     if f"{bank}.{leaf}_bias" in names or f"{bank}.{leaf}.bias" in names:
         raise PlanError(

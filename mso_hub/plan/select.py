@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from mso_hub.plan.layers import layer_numbers
 from mso_hub.plan.recipe import DEFAULT_IGNORE, Patterns, Recipe, default_reason, is_mlp
 
 DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+MTP_PART = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|nextn\w*|mtp\w*|embed_tokens)(\.|$)")
+"""Parts that only a layer for multi-token prediction has."""
 NUMBERED = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 APART = ("vision or audio tower", "multimodal projector", "MTP")
 """Reasons of DEFAULT_IGNORE whose modules have layers of their own: no number of a decoder layer means those."""
@@ -99,7 +101,8 @@ class _Chooser:
         found = [layer_numbers(option, said, self._layers) for option, said in spans]
         self._skipped, *self._within = (numbers for numbers, _ in found)
         self.problems = [problem for _, problems in found for problem in problems]
-        self._seen: set[int | None] = set()
+        self._counted_on: set[int] = set()
+        self.stored: set[int | None] = set()
         self._overruling = [at for at, rule in enumerate(self._rules) if not rule.default_ignore]
         self._taken: Counter[int] = Counter()
         self._shadowed: Counter[tuple[int, int]] = Counter()
@@ -134,16 +137,17 @@ class _Chooser:
         """Why a module stays unless a rule says otherwise, or None."""
         beyond = DECODER_LAYER.search(module)
         if beyond and self._layers is not None and int(beyond[1]) >= self._layers:
-            return default_reason(module) or "MTP"
+            reason = default_reason(module)
+            if reason is None:
+                self._counted_on.add(int(beyond[1]))
+            return reason or "MTP"
         return default_reason(module)
 
     def _layer(self, module: str) -> int | None:
         """Asked only where a rule or skip_layers names layers."""
         if not self._skipped and not any(self._within):
             return None
-        number = decoder_layer(module, self._layers)
-        self._seen.add(number)
-        return number
+        return decoder_layer(module, self._layers)
 
     def _covers(self, at: int, weight: Weight, layer: int | None) -> bool:
         rule = self._rules[at]
@@ -191,10 +195,26 @@ class _Chooser:
         return found
 
     def _unknown_layers(self) -> list[str]:
-        """Layers that are named and not there, where config.json does not tell how many there are."""
-        named = set(self._skipped).union(*self._within) if self._layers is None else set()
-        missing = sorted(named - self._seen)
-        return [f"layers: there is no layer {missing[0]} here; correct it or leave it out"] if missing else []
+        """Layers that are named and not there."""
+        missing = sorted(set(self._skipped).union(*self._within) - self.stored)
+        if not missing:
+            return []
+        said = "" if self._layers is None else f", though num_hidden_layers in config.json is {self._layers}"
+        return [f"layers: there is no layer {missing[0]} here{said}; correct it or leave it out"]
+
+    def beyond(self, names: Iterable[str]) -> list[str]:
+        """Layers beyond those that config.json counts, which are no MTP layers either."""
+        numbered = [(int(match[1]), name) for name in names if (match := NUMBERED.search(name))]
+        marked = {number for number, name in numbered if MTP_PART.search(name)}
+        strange = sorted(self._counted_on - marked)
+        if not strange:
+            return []
+        return [
+            (
+                f"config.json: num_hidden_layers is {self._layers}, but layer {strange[0]} is stored and is no MTP "
+                "layer; correct config.json"
+            )
+        ]
 
     def absent(self) -> list[str]:
         """Sentences about optional rules that find less than they name."""
@@ -299,6 +319,7 @@ def select(
         problems.append(
             f"model_type {config['model_type']!r} stores linear layers as [in, out]; it cannot be quantized"
         )
+    chooser.stored = {decoder_layer(weight.module, None) for weight in weights}
     for weight in weights:
         choice = chooser.choose(weight)
         if isinstance(choice, str):
@@ -324,7 +345,7 @@ def select(
         f"{module}: {count} weights have this name; the checkpoint is damaged, remove the stale ones"
         for module, count in Counter(modules).items() if count > 1
     ]  # fmt: skip
-    problems += _expert_problems(formats)
+    problems += _expert_problems(formats) + chooser.beyond(names)
     linear = {name: entry for name, entry in kept.items() if is_linear(entry[0])}
     split = _split_units(formats, linear)
     shared = units(chosen)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from mso_hub.checkpoint import TensorInfo
 from mso_hub.formats import IMPORTED, Format
-from mso_hub.formats.nvfp4 import POWER, Nvfp4
+from mso_hub.formats.nvfp4 import NVFP4_CHOICES, POWER, Nvfp4
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.recipe import Recipe
 from mso_hub.plan.select import Selection
@@ -86,9 +86,11 @@ def _is_free(name: str, info: TensorInfo, scales: Sequence[str]) -> bool:
 def settled(selection: Selection) -> Selection:
     """The selection with the encoder that suits the source: exact powers of two where a unit was MXFP4."""
     formats = dict(selection.formats)
+    default = NVFP4_CHOICES.searches[0]
     for members in selection.units.values():
         form = formats[members[0].module]
-        if isinstance(form, Nvfp4) and all(getattr(w.decoder, "scheme", "") == "mxfp4" for w in members):
+        was_mxfp4 = all(w.decoder is not None and w.decoder.scheme == "mxfp4" for w in members)
+        if isinstance(form, Nvfp4) and form.search == default and was_mxfp4:
             formats |= {w.module: replace(form, search=POWER) for w in members}
     return replace(selection, formats=formats)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mso_hub.checkpoint import Checkpoint
@@ -14,7 +14,7 @@ from mso_hub.verify.claims import claim_problems, shown
 
 
 def config_problems(
-    checkpoint: Checkpoint, weights: Sequence[Weight], runtime_scales: Sequence[str], refused: Container[str] = ()
+    checkpoint: Checkpoint, weights: Sequence[Weight], runtime_scales: Sequence[str], refused: Collection[str] = ()
 ) -> Iterator[str]:
     """Sentences for every contradiction between config.json and the stored tensors.
 
@@ -32,8 +32,9 @@ def config_problems(
     config = configs[0]
     if any(other != config for other in configs[1:]):
         yield "config.json: holds two different quantization configs, at the top and nested; loaders take the first"
-    if not packed:
+    if not packed and not refused:
         yield "config.json: announces a quantization, every weight is dense; remove quantization_config"
+    if not packed:
         return
     if broken := [e for e in entries(config) if e.startswith("re:") and compiled(e) is None]:
         yield f"config.json: ignore holds patterns that are no regular expressions: {shown(broken)}"

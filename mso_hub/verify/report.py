@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,6 +61,19 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For JSON; a number that is not finite is null there."""
         return {"ok": self.ok, **plain(asdict(self))}
+
+
+def alike(sentences: Mapping[str, str]) -> Iterator[str]:
+    """Sentences about modules, one for all that differ in their names and numbers only.
+
+    sentences  module -> its sentence
+    """
+    kinds: dict[str, list[str]] = {}
+    for module, sentence in sentences.items():
+        words = sentence.replace(module, "").replace(module.rpartition(".")[2], "")
+        kinds.setdefault(re.sub(r"-?\d+", "", words), []).append(sentence)
+    for same in kinds.values():
+        yield same[0] + (f" (and {len(same) - 1:,} more weights like it)" if len(same) > 1 else "")
 
 
 def plain(value: Any) -> Any:

@@ -90,5 +90,5 @@ def count_strays(
     if not strays.any():
         return 0
     inverse = changed(masks.inverse)
-    clipped = np.abs(inverse - values) > (masks.integers - 3.5) * gap if masks.integers else inverse == 0
+    clipped = np.abs(inverse - values) > (masks.integers - 1.5) * gap if masks.integers else inverse == 0
     return int(np.count_nonzero(strays & ~(clipped & (gap > 0))))

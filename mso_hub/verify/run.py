@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,7 +16,7 @@ from mso_hub.checkpoint import Array, parse_config
 from mso_hub.engine.threads import default_workers
 from mso_hub.errors import CheckpointError, PlanError
 from mso_hub.events import Listener, TensorDone, ignore
-from mso_hub.formats.detect import quantization_configs
+from mso_hub.formats.detect import module_of, quantization_configs
 from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
 from mso_hub.formats.weight import FLOAT_DTYPES, Reader, Weight
 from mso_hub.plan.experts import is_fused_experts, split_experts
@@ -29,7 +28,7 @@ from mso_hub.verify.config import config_problems
 from mso_hub.verify.manifest import check_manifest, is_ours, wrong_source
 from mso_hub.verify.opened import Opened, opening
 from mso_hub.verify.reference import compare_reference
-from mso_hub.verify.report import Report, TensorError
+from mso_hub.verify.report import Report, TensorError, alike
 from mso_hub.verify.rounding import can_count, count_strays
 from mso_hub.verify.scales import check_scales
 
@@ -45,6 +44,8 @@ columns, see `plausible`."""
 STRAYS = 0.5
 """Share of numbers that may have another code than the nearest where another tool chose the codes: GPTQ leaves 0.05 to
 0.25. This tool rounds, so that there are none."""
+NOTHING = 1e-30
+"""Differences below this are none: a format may turn whole weights of such numbers to zero."""
 ROUNDED_LIMIT = 1e-4
 """The same for a weight that was only decoded and rounded; BF16 has 3e-6."""
 
@@ -108,16 +109,6 @@ def _verify(mine: Opened, theirs: Opened | None, reference: str | Path | None, o
     )  # fmt: skip
 
 
-def alike(refused: Mapping[str, str]) -> Iterator[str]:
-    """Why packed weights were refused, one sentence for all that differ in their numbers only."""
-    kinds: dict[str, list[str]] = {}
-    for module, why in refused.items():
-        kinds.setdefault(re.sub(r"\d+", "", why.replace(module, "")), []).append(why)
-    for sentences in kinds.values():
-        more = f" (and {len(sentences) - 1:,} more weights like it)" if len(sentences) > 1 else ""
-        yield sentences[0] + more
-
-
 def _index_problems(mine: Opened) -> Iterator[str]:
     """total_size of every index against the tensors that it lists."""
     for group in mine.checkpoint.groups:
@@ -172,7 +163,10 @@ def _missing(mine: Opened, theirs: Opened) -> Iterator[str]:
     lost = [w for n, w in theirs.weights.items() if n not in mine.weights]
     for label, names in (
         ("weights of the source are missing", [w.name for w in lost if w.module not in mine.refused]),
-        ("weights are not in the source", [n for n in mine.weights if n not in theirs.weights]),
+        (
+            "weights are not in the source",
+            [n for n in mine.weights if n not in theirs.weights and module_of(n) not in mine.refused],
+        ),
     ):
         if names:
             yield f"{len(names)} {label}, the first is {names[0]}"
@@ -272,6 +266,8 @@ def _too_far(error: TensorError, weight: Weight, *, rounded: bool) -> list[str]:
 
     rounded  this tool made the checkpoint
     """
+    if error.max_abs < NOTHING and not math.isnan(error.nmse):
+        return []
     limit, numbers = plausible(weight), math.prod(weight.shape)
     if not error.nmse <= limit:
         return [

@@ -12,6 +12,7 @@ from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import FLOAT_DTYPES, NUMPY, Weight, read_rows
 from mso_hub.plan.fusion import unit_of, units
 from mso_hub.verify.opened import Opened
+from mso_hub.verify.report import alike
 
 CHUNK = 8 << 20
 
@@ -33,7 +34,8 @@ def check_scales(mine: Opened) -> tuple[int, list[str]]:
     ]  # fmt: skip
     for weight in (w for w in mine.weights.values() if "scale" in w.parts):
         problems += _block_scales(mine, weight)
-        problems += _narrow_codes(mine, weight)
+    narrow = ((w.module, _too_narrow(mine, w)) for w in mine.weights.values())
+    problems += alike({module: found for module, found in narrow if found})
     shared = units(packed)
     for key, members in shared.items():
         for kind, values in (("global", scales), ("activation", inputs)):
@@ -70,20 +72,18 @@ def _block_scales(mine: Opened, weight: Weight) -> Iterator[str]:
                 return
 
 
-def _narrow_codes(mine: Opened, weight: Weight) -> Iterator[str]:
+def _too_narrow(mine: Opened, weight: Weight) -> str:
     """A sentence where bytes hold integers that need more bits than the config says; nothing else reads them."""
     info, decoder = weight.parts.get("codes"), weight.decoder
-    if info is None or info.dtype != "I8" or decoder is None or not decoder.scheme.startswith("int"):
-        return
+    if info is None or info.dtype != "I8" or decoder is None or decoder.scheme in ("mxfp4", "int8"):
+        return ""
     limit = 1 << (decoder.bits - 1)
-    if limit == 1 << 7:
-        return
     for begin in range(info.begin, info.end, CHUNK):
         codes = mine.source.read(info.file, begin, min(begin + CHUNK, info.end)).view(np.int8)
         if codes.min(initial=0) < -limit or codes.max(initial=0) >= limit:
             found = f"{codes.min()} to {codes.max()}"
-            yield f"{weight.module}: config.json says {decoder.bits} bits, stored are codes from {found}"
-            return
+            return f"{weight.module}: config.json says {decoder.bits} bits, stored are codes from {found}"
+    return ""
 
 
 def _input_scales(mine: Opened) -> dict[str, float]:

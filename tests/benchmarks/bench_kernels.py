@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,16 +96,16 @@ def compressed_tensors(form: Format, weight: torch.Tensor) -> tuple[float, float
     return seconds(encode, 3), seconds(lambda: dequantize(codes, scale, zero, args), 3)
 
 
-def extremes(weight: torch.Tensor, args: object) -> tuple[torch.Tensor, torch.Tensor]:
+def extremes(weight: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Least and largest number of every group of columns, row, block or tensor."""
-    strategy, group = str(getattr(args, "strategy", "")), getattr(args, "group_size", None)
+    strategy, group = str(args.strategy.value), int(args.group_size or 0)
     rows, columns = weight.shape
-    if strategy.endswith("group"):
+    if strategy == "group":
         cells: torch.Tensor = weight.view(rows, columns // group, group)
         return cells.amin(-1), cells.amax(-1)
-    if strategy.endswith("channel"):
+    if strategy == "channel":
         return weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
-    if strategy.endswith("block"):
+    if strategy == "block":
         cells = weight.view(rows // 128, 128, columns // 128, 128)
         return cells.amin((1, 3)), cells.amax((1, 3))
     return weight.amin().reshape(1), weight.amax().reshape(1)

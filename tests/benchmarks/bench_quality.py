@@ -33,8 +33,8 @@ def predictions(folder: Path, ids: Tensor) -> Tensor:
     """Log-probabilities [tokens, vocabulary] of the checkpoint in a folder, computed in F32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        parts = [model.eval()(input_ids=part).logits.flatten(0, 1).log_softmax(-1) for part in ids.split(16)]
-    return torch.cat(parts)
+        logits = [model.eval()(input_ids=part).logits.flatten(0, 1) for part in ids.view(-1, 16, SEQUENCE)]
+    return torch.cat([part.log_softmax(-1) for part in logits])
 
 
 def kl(original: Tensor, result: Tensor) -> float:

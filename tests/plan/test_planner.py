@@ -472,7 +472,8 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("recipe", "change"), CHANGES)
 def test_another_recipe_is_another_job(recipe: dict[str, Any], change: dict[str, Any]) -> None:
     """A resumed run must never continue with other settings."""
-    attention = {f"{L}.self_attn.k_proj.weight": random_tensor(32, 32)}
+    places = (f"{L}.self_attn", "model.layers.1.self_attn")
+    attention = {f"{place}.k_proj.weight": random_tensor(32, 32) for place in places}
     files = checkpoint_files({"m.safetensors": mlp() | attention}, CONFIG)
     assert plan_of(files, **recipe).job == plan_of(dict(files), **recipe).job
     assert plan_of(files, **(recipe | change)).job != plan_of(files, **recipe).job

@@ -150,7 +150,7 @@ def packed_int(stored: Stored) -> Built:
     if args.get("type") != "int" or not isinstance(bits, int) or not 2 <= bits <= 8 or packed.dtype != "I32":
         raise PlanError(
             f"{module}: pack-quantized needs int codes of 2 to 8 bits in I32, got "
-            f"{args.get('type')} {bits} bits in {packed.dtype}; there is no decoder for that"
+            f"{args.get('type')} {bits!r} bits in {packed.dtype}; there is no decoder for that"
         )
     if len(packed.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != packed.shape[0]:
         raise CheckpointError(
@@ -163,13 +163,18 @@ def packed_int(stored: Stored) -> Built:
     words, groups = packed.shape[1], scale.shape[1]
     dense, padded = words == math.ceil(columns * bits / 32), words == math.ceil(columns / (32 // bits))
     if not (dense or padded) or (dense and padded and 32 % bits):
-        why = "could be packed in two ways" if dense else f"do not fill {words} words of 32 bits"
-        raise CheckpointError(f"{module}: {columns} columns of {bits} bits {why}; `ignore` cannot help, repack it")
+        if dense:
+            raise CheckpointError(
+                f"{module}: {columns} columns of {bits} bits could be packed in two ways; there is no telling which"
+            )
+        raise stored.contradiction(f"{bits} bits: {columns} columns of them do not fill {words} words of 32 bits")
     grouped = group > 0 and groups > 1
     if groups != (math.ceil(columns / group) if grouped else 1):
-        raise CheckpointError(f"{module}: {columns} columns in groups of {group} do not make {groups} scales a row")
+        raise stored.contradiction(f"groups of {group}: {columns} columns in them do not make {groups} scales a row")
     if "zero_point" not in parts and args.get("symmetric") is False:
-        raise CheckpointError(f"{module}: the config says asymmetric, weight_zero_point is missing")
+        raise stored.contradiction("asymmetric, weight_zero_point is missing")
+    if "zero_point" in parts and args.get("symmetric") is True:
+        raise stored.contradiction("symmetric, weight_zero_point is there")
     decoder = PackedInt(module, packed.shape[0], columns, bits, group if grouped else None, dense, scale.dtype)
     _check_companions(module, parts, decoder)
     return decoder, (packed.shape[0], columns)

@@ -152,7 +152,7 @@ def _encode(
         largest = amax(np.ascontiguousarray(values[top : top + height, left : left + width]), dtype)
         raise ValueError(
             f"the scale of row {top}, column {left} is amax / 448 = {largest:.6g} / 448, which {scale_dtype} can only "
-            f"store as 0 or infinity; store the scales in a wider dtype, or keep this weight as it is"
+            f"store as 0 or infinity"
         )
     return codes, scale
 

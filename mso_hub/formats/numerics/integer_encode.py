@@ -124,7 +124,7 @@ def _message(row: int, group: int, values: Array, dtype: str, scale_dtype: str) 
     largest = amax(values, dtype)
     return (
         f"the scale of row {row}, group {group} with amax {largest:.6g} would round to 0 or infinity in {scale_dtype}; "
-        "store the scales in a wider dtype, or keep this weight as it is"
+        "keep this weight as it is"
     )
 
 

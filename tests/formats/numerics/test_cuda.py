@@ -23,7 +23,7 @@ from tests.formats.numerics.strategies import DTYPES, all_finite, bits_type, fin
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-FEW = settings(deadline=None, max_examples=15)
+FEW = settings(deadline=None, max_examples=10)
 SCALES = st.floats(2.0**-149, 2.0**116, width=32)
 SIZES = [None, (3, 7), (2, 64), (128, 128)]
 
@@ -223,7 +223,7 @@ def test_fp8_decodes_every_code_the_same(kernels: Kernels, dtype: str) -> None:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(FEW, max_examples=60)
+@settings(FEW, max_examples=40)
 def test_integers_decode_the_same(
     kernels: Kernels,
     bits: int,
@@ -280,7 +280,7 @@ def random_integers(rng: np.random.Generator, shape: tuple[int, ...], kind: type
     dtype=st.sampled_from(DTYPES),
     scale_dtype=st.sampled_from(DTYPES),
 )
-@settings(FEW, max_examples=8)
+@settings(FEW, max_examples=4)
 def test_integers_encode_the_same(
     kernels: Kernels,
     symmetric: bool,
@@ -309,9 +309,9 @@ def test_integers_encode_the_same(
     ("bits", "group_size", "shape", "search"),
     [
         (4, 128, (20, 256), "absmax"),
-        (8, 32, (14, 96), "absmax"),
-        (8, None, (5, 1100), "absmax"),
-        (4, 32, (7, 96), "mse"),
+        (8, 32, (7, 96), "absmax"),
+        (8, None, (4, 1100), "absmax"),
+        (4, 32, (7, 64), "mse"),
     ],
 )
 def test_integers_encode_many_groups_the_same(
@@ -338,7 +338,7 @@ def test_integers_encode_many_groups_the_same(
 def test_codes_that_bf16_confuses_are_encoded_the_same(kernels: Kernels) -> None:
     """255 steps have more bits than a BF16 number: decoded ones may lie next to another code."""
     options: dict[str, Any] = {"bits": 8, "group_size": 32, "symmetric": False, "scale_dtype": "BF16"}
-    values = floats.narrow(np.random.default_rng(5).uniform(-1, 3, (48, 256)).astype(np.float32), "BF16")
+    values = floats.narrow(np.random.default_rng(8).uniform(-1, 3, (8, 64)).astype(np.float32), "BF16")
     for _ in range(2):
         codes, scale, zeros = encode_both(kernels, "integer_encode.encode", values, "BF16", **options) or ()
         values = integer.decode_int8(codes, scale, zeros, group_size=32, dtype="BF16")

@@ -121,7 +121,7 @@ def _encode_as(values: Tensor, scale_dtype: torch.dtype, size: tuple[int, int], 
         largest = float(values[top : top + height, left : left + width].abs().max())
         raise ValueError(
             f"the scale of row {top}, column {left} is amax / 448 = {largest:.6g} / 448, which {scale_dtype} can only "
-            f"store as 0 or infinity; store the scales in a wider dtype, or keep this weight as it is"
+            f"store as 0 or infinity"
         )
     return codes, scale
 

@@ -74,7 +74,7 @@ def decode_int8(
 
     codes       int8 [rows, cols]
     scale       F32 [rows, groups]; multiplies
-    zero_point  int8 or int16 [rows, groups]; None means 0
+    zero_point  int8 [rows, groups]; None means 0
     group_size  columns per group; None for one scale per row
     returns     `dtype` [rows, cols]
     """
@@ -150,11 +150,9 @@ def _check_groups(rows: int, cols: int, groups: int, scale: Tensor, zero_point: 
             f"a {rows} x {cols} matrix in {groups} groups needs a float32 scale {[rows, groups]}, "
             f"got {scale.dtype} {list(scale.shape)}"
         )
-    if zero_point is not None and (
-        zero_point.dtype not in (torch.int8, torch.int16) or zero_point.shape != scale.shape
-    ):
+    if zero_point is not None and (zero_point.dtype != torch.int8 or zero_point.shape != scale.shape):
         raise ValueError(
-            f"zero_point must be int8 or int16 {list(scale.shape)} like the scale, "
+            f"zero_point must be int8 {list(scale.shape)} like the scale, "
             f"got {zero_point.dtype} {list(zero_point.shape)}"
         )
 

@@ -66,7 +66,7 @@ def encode(
         largest = float(values[row, group * size : (group + 1) * size].abs().max())
         raise ValueError(
             f"the scale of row {row}, group {group} with amax {largest:.6g} would round to 0 or infinity in "
-            f"{scale_dtype}; store the scales in a wider dtype, or keep this weight as it is"
+            f"{scale_dtype}"
         )
     return codes, scale, None if symmetric else zero_point
 
