@@ -15,12 +15,10 @@ import numpy as np
 from mso_hub.checkpoint import Array
 from mso_hub.formats.weight import Weight
 
-HALF, WHOLE = 0.51, 1.01
-"""Of the distance between two numbers, for integers and for floats; the hundredth is for products rounded to F32.
-
-Encoders take the first of all scales that give the same BF16 numbers. With it the codes are nearest to these numbers
-and not to the source's: BF16 is one part of that, and for floats the scale may be half the one that they were rounded
-under, which shows among the smallest codes.
+INTEGERS, FLOATS = 0.6, 1.01
+"""Of the distance between two numbers. It would be a half, but encoders take the first of all scales that give the same
+numbers in the model's dtype. With that the codes are nearest to these numbers, and not to the source's: the scale of
+integers may be 7/8 of the one that they were rounded under, and that of floats a half, which shows among the smallest.
 """
 BF16 = 2.0**-8
 """Of the number itself: half a place in BF16, twice."""
@@ -86,7 +84,7 @@ def count_strays(
         return weight.values({**loaded, "codes": bits.view(codes.dtype)}, *rows)[0]
 
     gap = np.abs(changed(masks.lowest) - values)
-    strays = error > (HALF if masks.integers else WHOLE) * gap + BF16 * np.abs(values) + TINY
+    strays = error > (INTEGERS if masks.integers else FLOATS) * gap + BF16 * np.abs(values) + TINY
     if not strays.any():
         return 0
     inverse = changed(masks.inverse)

@@ -51,7 +51,7 @@ def recipes() -> dict[str, Recipe]:
     for name, entry in FORMATS.items():
         for layout in entry.choices.loaders:
             for bits in entry.choices.activations[layout]:
-                static = {"input_scale": 1.0} if (name, layout) == ("fp8", "modelopt") else {}
+                static: dict[str, Any] = {"input_scale": 1.0} if (name, layout) == ("fp8", "modelopt") else {}
                 sizes: list[dict[str, Any]] = [{}]
                 if entry.choices.group_sizes:
                     sizes = [{"group_size": g, "symmetric": s} for g in (32, 0) for s in (True, False)]

@@ -76,6 +76,7 @@ def test_strays_are_counted_in_every_layout(name: str) -> None:
         return
     assert [error.strays for error in report.errors] == [0]
     weight = open_weights(MemorySource(files)).weights[made.weight]
+    assert weight.decoder is not None
     codes = made.tensors[weight.home.name]
     bits = 2 if weight.decoder.bits == 2 else weight.decoder.bits if codes.dtype == torch.int32 else (
         4 if weight.decoder.scheme in ("mxfp4", "nvfp4") or name == "ModelOpt INT4" else 8)  # fmt: skip
