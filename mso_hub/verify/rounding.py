@@ -22,8 +22,10 @@ integers may be 7/8 of the one that they were rounded under, and that of floats 
 """
 BF16 = 2.0**-8
 """Of the number itself: half a place in BF16, twice."""
-TINY = 2.0**-126
-"""An error that the rounding of subnormal products explains."""
+TINY = {"F16": 2.0**-24}
+"""Dtype of the source -> an error that the rounding of its smallest numbers explains; of others that of F32."""
+NEAR = 2.0**-6
+"""Of the number of codes: so near to their ends they count as the ends, for a number that was clipped there."""
 WORD = 32
 
 
@@ -66,13 +68,14 @@ def can_count(weight: Weight) -> bool:
 
 
 def count_strays(
-    weight: Weight, loaded: Mapping[str, Array], rows: tuple[int, int], values: Array, error: Array
+    weight: Weight, loaded: Mapping[str, Array], rows: tuple[int, int], values: Array, error: Array, dtype: str
 ) -> int:
     """How many numbers of a block of rows are not stored as the code nearest to them.
 
     loaded  as Weight.load gives it for these rows
     values  what the codes stand for, float32
     error   |values - the numbers they were made from|
+    dtype   of these numbers
     """
     masks = _masks(weight)
     if masks is None:
@@ -84,9 +87,10 @@ def count_strays(
         return weight.values({**loaded, "codes": bits.view(codes.dtype)}, *rows)[0]
 
     gap = np.abs(changed(masks.lowest) - values)
-    strays = error > (INTEGERS if masks.integers else FLOATS) * gap + BF16 * np.abs(values) + TINY
+    strays = error > (INTEGERS if masks.integers else FLOATS) * gap + BF16 * np.abs(values) + TINY.get(dtype, 2.0**-126)
     if not strays.any():
         return 0
     inverse = changed(masks.inverse)
-    clipped = np.abs(inverse - values) > (masks.integers - 1.5) * gap if masks.integers else inverse == 0
+    ends = masks.integers * (1 - NEAR) - 1.5
+    clipped = np.abs(inverse - values) > ends * gap if masks.integers else inverse == 0
     return int(np.count_nonzero(strays & ~(clipped & (gap > 0))))

@@ -41,13 +41,14 @@ PACKED_LIMIT = {8: 0.01, 7: 0.01, 6: 0.02, 5: 0.05, 4: 0.12, 3: 0.3, 2: 0.6}
 Rounding of normal numbers gives FP8 0.0007, NVFP4 0.009, MXFP4 0.013. The worst that a search over outliers in groups
 of otherwise equal numbers found is 0.0035, 0.036 and 0.108. Integers have a higher limit where a scale is for many
 columns, see `plausible`."""
+ROUNDED_LIMIT = 1e-4
+"""The same for a weight that was only decoded and rounded; BF16 has 3e-6."""
 STRAYS = 0.5
 """Share of numbers that may have another code than the nearest where another tool chose the codes: GPTQ leaves 0.05 to
 0.25. This tool rounds, so that there are none."""
-NOTHING = 1e-30
-"""Differences below this are none: a format may turn whole weights of such numbers to zero."""
-ROUNDED_LIMIT = 1e-4
-"""The same for a weight that was only decoded and rounded; BF16 has 3e-6."""
+NOTHING = {"F16": 2.0**-22}
+"""Dtype of the source -> differences below this are none, others below 1e-30: a format may turn whole weights of such
+numbers to zero, and has no room for the scales of F16 ones."""
 
 
 def verify_checkpoint(
@@ -96,7 +97,7 @@ def _verify(mine: Opened, theirs: Opened | None, reference: str | Path | None, o
                 identical += outcome is None
                 if outcome is not None:
                     errors.append(outcome)
-                    far += _too_far(outcome, pair[0], rounded=rounded)
+                    far += _too_far(outcome, *pair, rounded=rounded)
             problems = [*wrong_source(mine.source, theirs.source, far), *problems, *far]
         if reference is not None:
             compared = compare_reference(mine, theirs, reference, pool)
@@ -237,7 +238,7 @@ def _error(
             error += float(np.square(difference, dtype=np.float64).sum())
             energy += float(np.square(reference, dtype=np.float64).sum())
             largest = max(largest, float(difference.max(initial=0)))
-            strays += count_strays(now, loaded, rows, values, difference) if count else 0
+            strays += count_strays(now, loaded, rows, values, difference, before.dtype) if count else 0
     nmse = error / energy if energy > 0 else (0.0 if error == 0 else math.inf)
     return nmse, largest, strays if count else None
 
@@ -261,12 +262,12 @@ def plausible(weight: Weight) -> float:
     return max(limit, under / (under + codes * codes))
 
 
-def _too_far(error: TensorError, weight: Weight, *, rounded: bool) -> list[str]:
+def _too_far(error: TensorError, weight: Weight, before: Weight, *, rounded: bool) -> list[str]:
     """A sentence for an error that is too large, or for numbers that are not where rounding puts them.
 
     rounded  this tool made the checkpoint
     """
-    if error.max_abs < NOTHING and not math.isnan(error.nmse):
+    if error.max_abs < NOTHING.get(before.dtype, 1e-30) and not math.isnan(error.nmse):
         return []
     limit, numbers = plausible(weight), math.prod(weight.shape)
     if not error.nmse <= limit:

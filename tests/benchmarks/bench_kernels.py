@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.bench_kernels [--threads 2] [--no-peers]
 
-MB of BF16 per second: of the numbers that are encoded, or that decoding yields. One 4096 x 4096 matrix of Gaussian
-numbers, cut into row blocks of 8 MB that go to the threads as the engine does it; medians. The references are
+MB of BF16 per second of processor time, so per core, whatever else runs on the machine: of the numbers that are
+encoded, or that decoding yields. One 4096 x 4096 matrix of Gaussian numbers, cut into row blocks of 8 MB that go to the
+threads as the engine does it; medians. The blocks are independent: n cores do n times as much. The references are
 ModelOpt's NVFP4QTensor and compressed-tensors' quantize and dequantize, with as many torch threads.
 """
 
@@ -30,13 +31,13 @@ BLOCK_ROWS = (8 << 20) // (2 * COLUMNS)
 
 
 def seconds(work: Callable[[], object], repeat: int = REPEAT) -> float:
-    """Median time of a call, the first one not counted."""
+    """Median processor time of a call, the first one not counted."""
     work()
     taken = []
     for _ in range(repeat):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return statistics.median(taken)
 
 
@@ -98,7 +99,7 @@ def compressed_tensors(form: Format, weight: torch.Tensor) -> tuple[float, float
 
 def extremes(weight: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Least and largest number of every group of columns, row, block or tensor."""
-    strategy, group = str(args.strategy.value), int(args.group_size or 0)
+    strategy, group = str(args.strategy), int(args.group_size or 0)
     rows, columns = weight.shape
     if strategy == "group":
         cells: torch.Tensor = weight.view(rows, columns // group, group)
