@@ -68,7 +68,8 @@ class Bench:
 def ours(bench: Bench, repeat: int) -> Contender:
     """The whole program, start-up included."""
     folders = ("--input_dir", bench.source, "--output_dir", bench.target)
-    return Contender(OURS, (mso_hub(), "quantize", *folders, "--all_linear"), repeat)
+    words = ("--all_linear", "--scale_search", "absmax")  # what the others do
+    return Contender(OURS, (mso_hub(), "quantize", *folders, *words), repeat)
 
 
 def copy(bench: Bench, repeat: int) -> Contender:

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from mso_hub.formats.numerics.floats import PRECISION
 
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    raise ImportError(
+        f"triton {triton.__version__} makes zero of subnormal quotients, so the bytes would not be those of a CPU; "
+        "triton 3.6, which comes with torch 2.10, and later ones do not"
+    )
+
 EXACT = {"enable_fp_fusion": False}
 """Options of every launch: without fusion a * b + c is rounded twice, as on the CPU."""
 
