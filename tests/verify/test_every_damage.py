@@ -162,6 +162,17 @@ def scale_of_another_row(tensors: Tensors) -> list[str]:
     return [wrong(Q)]
 
 
+def negative_scale(tensors: Tensors) -> list[str]:
+    """One of Q's; engines that take the sign bit for something else would serve garbage."""
+    name = part(tensors, Q, SCALES)
+    if tensors[name].dtype == torch.uint8:
+        return []  # exponents have no sign
+    scale = tensors[name].clone().reshape(-1)
+    scale[-1:] = (-scale[-1:].float()).to(scale.dtype)
+    tensors[name] = scale.reshape(tensors[name].shape)
+    return [rf"^{re.escape(Q)}: a (block )?scale is negative"]
+
+
 def swapped_halves(tensors: Tensors) -> list[str]:
     """Blocks of rows that were written in each other's place."""
     name = part(tensors, Q, LEAVES)
@@ -175,6 +186,7 @@ DAMAGES: dict[str, Callable[[Tensors], list[str]]] = {
     "codes of another weight": codes_of_another,
     "a scale that is zero": scale_is(0),
     "a scale that is NaN": scale_is(0xFF),
+    "a negative scale": negative_scale,
     "scales of another row": scale_of_another_row,
     "rows in another place": swapped_halves,
 }

@@ -127,6 +127,22 @@ def test_heavy_tails_pass(kind: str, tail: str, columns: int) -> None:
     assert report.problems == ()
 
 
+SPREADS = {
+    torch.float16: (1e-5, 1e-4, 1e-3, 100.0),
+    torch.bfloat16: (1e-30, 1e-20, 1e-5, 1e30),
+    torch.float32: (1e-30, 1e-20, 1e-5, 1e30),
+}
+NUMBERS = [(dtype, spread) for dtype, spreads in SPREADS.items() for spread in spreads]
+
+
+@pytest.mark.parametrize(("dtype", "spread"), NUMBERS, ids=str)
+@pytest.mark.parametrize("kind", ROWS)
+def test_tiny_and_huge_numbers_pass(kind: str, spread: float, dtype: torch.dtype) -> None:
+    """Where scales, codes and the numbers of a dtype themselves come to their ends."""
+    source = one_weight((tailed("t", 128).double() * spread).to(dtype))
+    assert checked(written(source, ROWS[kind]), source).problems == ()
+
+
 def test_some_of_them_are_far_from_normal() -> None:
     """So that the test above means something: a limit of 0.1 for INT4 and 0.01 for INT8 would refuse these."""
     far = {"w4a16 absmax": ("column 30", 0.6), "int8": ("column 300", 0.015)}

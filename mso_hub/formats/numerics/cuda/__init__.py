@@ -24,6 +24,6 @@ the compiler from fusing a product and a sum; BF16 and E4M3 are rounded with int
 in the order of the numba kernels. NaN may have other bits than on a CPU; no encoder makes one.
 
 Importing a module here imports triton, 3.6 or later, and nothing else in the package does. Triton comes with CUDA
-builds of torch, 3.6 with torch 2.10. With TRITON_INTERPRET=1 in the environment before that, the functions run without a GPU, on tensors of the CPU: slowly,
-to check them.
+builds of torch, 3.6 with torch 2.10. With TRITON_INTERPRET=1 in the environment before that, the functions run without
+a GPU, on tensors of the CPU: slowly, to check them.
 """
