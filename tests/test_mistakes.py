@@ -372,9 +372,10 @@ def test_mistake_21_what_is_needed_is_declared(imported: set[str]) -> None:
     """The prototype needed a private branch of ModelOpt; the core here needs neither ModelOpt nor transformers."""
     assert not imported & {"modelopt", "transformers", "compressed_tensors", "datasets", "vllm"}
     needed = [line for line in requires("mso-hub") or () if "extra ==" not in line]
-    core = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in needed}
+    core = {re.split(r"[^\w-]", line)[0].replace("-", "_").lower() for line in needed}
     hub = {"huggingface_hub", "hf_xet", "python_dotenv"}
-    assert core == {"torch", "safetensors", "numpy", "numba", "tqdm", "click", *hub}
+    recipes = {"pyyaml", "tomli"}
+    assert core == {"torch", "safetensors", "numpy", "numba", "tqdm", "click", *hub, *recipes}
 
 
 def test_mistake_22_companions_go_with_the_packed_weight(tmp_path: Path) -> None:
