@@ -459,8 +459,8 @@ def test_a_branch_that_is_no_journal_is_never_used(place: Place) -> None:
 def test_a_journal_branch_that_was_made_and_not_filled_is_gone_on_with(place: Place) -> None:
     """The Hub went away between the two: the same command must not call its own branch a stranger's."""
     sink = place.sink(journal_branch="wip")
+    place.hub.fail("POST .*/commit/wip", status=503, times=-1)  # before anything is under way there
     sink.begin(JOB, sizes(FILES))
-    place.hub.fail("POST .*/commit/wip", status=503, times=-1)
     with contextlib.closing(sink), pytest.raises(TransientError):
         write(sink, FILES)
     place.hub.clear_faults()
