@@ -15,7 +15,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,8 +91,13 @@ def git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
 
 
-def send_commit(client: Client, target: Target, change: Change) -> Commit:
-    """Make the commit, once; MovedError, VanishedError or another HubError when the Hub refuses it."""
+def send_commit(
+    client: Client, target: Target, change: Change, *, wait: Callable[[float], object] = time.sleep
+) -> Commit:
+    """Make the commit, once; MovedError, VanishedError or another HubError when the Hub refuses it.
+
+    wait  sleeps before another try; may raise to end the tries
+    """
     body = b"".join(json.dumps(line).encode() + b"\n" for line in _lines(change))
     started, tries = 0.0, 0
     while True:
@@ -111,7 +116,7 @@ def send_commit(client: Client, target: Target, change: Change) -> Commit:
             started = started or time.monotonic()
         if not may_pass(failure):
             raise client.explain(failure, str(target))
-        client.pause(tries, started, str(target), failure)
+        client.pause(tries, started, str(target), failure, wait)
         tries += 1
         earlier = _landed(client, target, change)
         if earlier is not None:

@@ -388,8 +388,9 @@ class HubSink:
     def close(self) -> None:
         """Stop uploads, release the lock; what is journaled stays, a run that completed nothing leaves no journal."""
         background, self._background = self._background, None
-        if background is not None:
-            background.stop()
+        for part in (self._mirror, background):
+            if part is not None:
+                part.stop()
         with self._recording:
             journal, self._journal = self._journal, None
         if journal is None:

@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import Mapping
 
-from mso_hub.errors import ResumeError
+from mso_hub.errors import ResumeError, SinkError
 from mso_hub.hub.client import Client
 from mso_hub.hub.commit import Change, MovedError, Put, send_commit
 from mso_hub.hub.lookup import create_branch, delete_branch, head_of, read_small, refs
@@ -33,6 +33,15 @@ class Mirror:
         self._parent: str | None = None
         self._kept: set[str] = set()
         self._lock = threading.Lock()  # copies and uploads are recorded by different threads
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End a commit that waits for another try: it must not land when somebody else goes on with the output."""
+        self._stopped.set()
+
+    def _sleep(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise SinkError(f"{self._target}: was closed before the Hub took the journal; run the same command again")
 
     def load(self, job: str, *, fresh: bool, begun: bool = False) -> Progress:
         """What an earlier run, on whatever machine, wrote down; ResumeError for another job's.
@@ -79,7 +88,7 @@ class Mirror:
         title = "1 shard is stored" if len(objects) == 1 else f"{len(objects)} shards are stored"
         try:
             change = Change(parent, title, self._account, puts=puts)
-            self._parent = send_commit(self._client, self._target, change).oid
+            self._parent = send_commit(self._client, self._target, change, wait=self._sleep).oid
         except MovedError:
             raise self._taken() from None
         self._kept = set(objects)
