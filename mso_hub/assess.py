@@ -26,7 +26,7 @@ from mso_hub.losses import ErrorTable, Loss, Measured, check_path, label_of, rea
 from mso_hub.plan import Plan, Recipe, ShardPlan, Step
 from mso_hub.plan.assign import Group, Option, exact_recipe, groups_of, spend, step_down
 from mso_hub.plan.planner import offered
-from mso_hub.plan.select import EXPERT, Selection
+from mso_hub.plan.select import Selection, loader_problem
 from mso_hub.plan.shards import plan_shards
 from mso_hub.plan.steps import is_packed, scale_dtype, settled, stays_packed
 from mso_hub.plan.summary import percent
@@ -64,7 +64,7 @@ def measure_errors(
     formats  names from FORMATS, each with its defaults; by default the schemes of the recipe's rules
     Weights are read once. Raises MsoError as `convert` does, RecipeError for a format that the layout does not have.
     """
-    schemes = [_scheme(name, recipe.layout) for name in formats]
+    schemes = [_scheme(name, recipe) for name in formats]
     if not any(scheme.format != DENSE for scheme in schemes) and formats:
         raise RecipeError(f"formats: {', '.join(formats)} keeps every number; name one that does not")
     opened = open_source(source, on_event=on_event) if isinstance(source, str | Path) else source
@@ -97,7 +97,7 @@ def choose_formats(
     a table of another source, otherwise MsoError as `convert` does.
     """
     _check_wish(max_nmse, target_bits)
-    schemes = [_scheme(name, recipe.layout) for name in fallback]
+    schemes = [_scheme(name, recipe) for name in fallback]
     if table is not None and check_path(table).suffix != ".json":
         raise RecipeError(f"error_table: needs a name that ends in .json, got {table}")
     opened = open_source(source, on_event=on_event) if isinstance(source, str | Path) else source
@@ -122,10 +122,10 @@ def _check_wish(max_nmse: float | None, target_bits: float | None) -> None:
             raise RecipeError(f"{name} must be a number > 0, got {value}")
 
 
-def _scheme(name: str, layout: str) -> Scheme:
-    """A format with its defaults; RecipeError for one that the layout does not have."""
+def _scheme(name: str, recipe: Recipe) -> Scheme:
+    """A format with its defaults; RecipeError for one that the recipe's layout does not have."""
     scheme = ALIASES.get(name, Scheme(name))
-    build(scheme, layout)
+    build(scheme, recipe.layout, unloadable=recipe.unloadable)
     return scheme
 
 
@@ -143,7 +143,8 @@ class _Offer:
         self._checkpoint: Checkpoint = read_checkpoint(source)
         rules = [rule.scheme for rule in recipe.all_rules]
         self.order = tuple(dict.fromkeys([*rules, *more] if own else more))
-        self._forms = {scheme: form for scheme in self.order if (form := build(scheme, recipe.layout)) is not None}
+        built = {s: build(s, recipe.layout, unloadable=recipe.unloadable) for s in self.order}
+        self._forms = {scheme: form for scheme, form in built.items() if form is not None}
         self._named = {label_of(form): form for form in self._forms.values()}
         encoders = [None if s.format == DENSE else Probe(s, self._named, name=s.format) for s in rules]
         self._selections = offered(self._checkpoint, recipe, shape_reader(source.read), encoders)
@@ -217,8 +218,8 @@ class _Offer:
         copied: dict[str, Format] = {}
         for label, form in forms.items():
             problem = next(filter(None, (form.problem(weight.shape) for weight in members)), None)
-            if problem is None and any(EXPERT.match(weight.module) for weight in members):
-                problem = form.expert_problem
+            if problem is None and not self.recipe.unloadable:
+                problem = next(filter(None, (loader_problem(weight.module, form) for weight in members)), None)
             if problem is None and len(members) > 1:
                 problem = form.fused_problem([weight.shape for weight in members])
             if problem is not None:

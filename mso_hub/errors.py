@@ -9,7 +9,8 @@ MsoError               anything this package refuses to do; the CLI prints it an
 |-- HubError           the Hub refuses: no such repo, no permission, a file that is not what it says
 |   `-- TransientError the Hub or the network failed for long; the same command may succeed later (exit code 3)
 |-- ResumeError        an unfinished run lies there that this one must not continue
-`-- VerifyError        a finished checkpoint does not hold what it promises
+|-- VerifyError        a finished checkpoint does not hold what it promises
+`-- SmokeError         vLLM does not load a checkpoint, or could not be asked
 """
 
 from __future__ import annotations
@@ -53,3 +54,7 @@ class ResumeError(MsoError):
 
 class VerifyError(MsoError):
     """A checkpoint was read to the end and does not hold what its index or config promises."""
+
+
+class SmokeError(MsoError):
+    """vLLM does not load a checkpoint as it is stored, or could not be asked whether it does."""

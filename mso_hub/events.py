@@ -46,6 +46,24 @@ class ShardDone(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Moved(Event):
+    """So far this run has taken `read` bytes from the source and handed `written` bytes to the output.
+
+    Told now and then, for large tensors: a run that moves less than 16 MiB does not tell it.
+    """
+
+    read: int
+    written: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committing(Event):
+    """Every file is stored; one last step will make `where` visible."""
+
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class Published(Event):
     """The whole checkpoint became visible in one step."""
 

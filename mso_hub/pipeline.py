@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -19,10 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from mso_hub.card import CARD, repo_of, write_card
+from mso_hub.checkpoint import Array
 from mso_hub.engine import SAMPLE, WHOLE, Piece, ThreadEngine, exactness, note_errors, noted_inexact, write_pieces
 from mso_hub.errors import CheckpointError, RecipeError
-from mso_hub.events import Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, ignore
+from mso_hub.events import (
+    Committing,
+    Listener,
+    Moved,
+    PlanReady,
+    Published,
+    ShardDone,
+    ShardResumed,
+    TensorDone,
+    ignore,
+)
 from mso_hub.formats.decoders.base import shape_reader
+from mso_hub.formats.weight import Reader
 from mso_hub.hub import is_address, looks_like_repo
 from mso_hub.losses import check_path, run_report, write_report
 from mso_hub.plan import Plan, Recipe, plan_checkpoint
@@ -30,6 +43,8 @@ from mso_hub.sink import Entry, Sink, open_sink
 from mso_hub.source import Job, Range, Source, open_source, read_checkpoint
 
 COPY_BLOCK = 8 << 20
+MOVED = 16 << 20
+"""Bytes read or written between two Moved events."""
 
 
 def convert(
@@ -42,6 +57,7 @@ def convert(
     base_model: str | None = None,
     report: Sequence[str | Path] = (),
     notes: Sequence[str] = (),
+    check: Callable[[Plan, Source], None] | None = None,
     on_event: Listener = ignore,
 ) -> Plan:
     """Write the checkpoint at `source` to `sink` as the recipe says; continues an unfinished run of the same job.
@@ -53,6 +69,7 @@ def convert(
     base_model    repo id for the card, where the source does not tell
     report        files, .json or .md, for the error of every weight, measured on every number
     notes         sentences that the plan's notes begin with: how the recipe was chosen
+    check         called with the plan and the opened source before anything is written; what it raises ends the run
     Raises MsoError (see errors.py); nothing is visible at the sink unless this returns.
     """
     if base_model is not None and not looks_like_repo(repo_of(base_model)):
@@ -65,6 +82,8 @@ def convert(
     try:
         stamps = {name: source.stamp(name) for name in source.files()}
         plan = _with_notes(make_plan(source, recipe), before=notes)
+        if check is not None:
+            check(plan, source)
         sizes = {n: size for n, size in plan.sizes(source.files()).items() if not (card and n == CARD)}
         sink.guard(source.origin)
         sink.begin(plan.job, sizes)
@@ -75,8 +94,8 @@ def convert(
         source.expect(work.jobs(engine))
         abort = partial(_abort, source, sink)
         pieces = engine.run(
-            plan, work.shards, source.read, _Notes(sink), apart=source.read_apart, once=source.distant,
-            measure=WHOLE if reports else SAMPLE if card else 0, abort=abort,
+            plan, work.shards, progress.counted(source.read), _Notes(sink), apart=source.read_apart,
+            once=source.distant, measure=WHOLE if reports else SAMPLE if card else 0, abort=abort,
         )  # fmt: skip
         noted = note_errors(pieces, sink.note, each=bool(reports))
         for piece in write_pieces(noted, sink, source.settle, abort):
@@ -92,6 +111,8 @@ def convert(
         errors = run_report(plan, sink.notes, sink.name) if reports else None
         whole = errors is not None and errors.complete
         closing = {CARD: write_card(plan, source, sink, base_model, whole=whole)} if card else {}
+        if not sink.finished:
+            on_event(Committing(sink.name))
         sink.commit(_manifest(plan, source, {**sink.entries, **_digests(closing)}), closing)
     finally:
         if source is not given:
@@ -190,12 +211,30 @@ class _Progress:
         self._sink, self._on_event = sink, on_event
         self._shards = {shard.name: shard for shard in plan.shards}
         self._written: set[str] = set()
+        self._read_bytes = self._written_bytes = self._told = 0
+        self._counting = threading.Lock()
         on_event(PlanReady(plan.read_bytes, plan.write_bytes, len(plan.shards)))
         for name in (n for n in self._shards if n in sink.entries):
             on_event(ShardResumed(name, self._shards[name].read_bytes))
 
+    def counted(self, read: Reader) -> Reader:
+        """The same reader, whose bytes are counted; threads may use it."""
+
+        def counting(file: str, begin: int, end: int) -> Array:
+            """As `read`."""
+            found = read(file, begin, end)
+            with self._counting:
+                self._read_bytes += found.nbytes
+            return found
+
+        return counting
+
     def piece(self, piece: Piece) -> None:
         """A piece is out."""
+        self._written_bytes += piece.data.nbytes
+        if self._read_bytes + self._written_bytes >= self._told + MOVED:
+            self._told = self._read_bytes + self._written_bytes
+            self._on_event(Moved(self._read_bytes, self._written_bytes))
         if piece.done:
             self._on_event(TensorDone(piece.step.weight.name, piece.step.weight.nbytes))
             if piece.step is piece.shard.steps[-1]:

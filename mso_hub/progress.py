@@ -7,7 +7,18 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
-from mso_hub.events import Event, Listener, PlanReady, Published, ShardDone, ShardResumed, TensorDone, Waiting, ignore
+from mso_hub.events import (
+    Committing,
+    Event,
+    Listener,
+    PlanReady,
+    Published,
+    ShardDone,
+    ShardResumed,
+    TensorDone,
+    Waiting,
+    ignore,
+)
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -44,6 +55,9 @@ class Bar:
                 self._bar.initial += event.nbytes
                 self._bar.update(event.nbytes)
             self._bar.set_postfix_str(f"shard {self._done}/{self._shards}", refresh=False)
+        elif isinstance(event, Committing):
+            # 100 % of the bytes is not the end
+            self._bar.set_postfix_str(f"shard {self._done}/{self._shards}, making it visible")
         elif isinstance(event, Published):
             self.close()
 

@@ -30,7 +30,7 @@ from tests.helpers import tensors_of, tiny_llama, tiny_moe, write_checkpoint, wr
 GOLDEN = Path(__file__).parent / "golden" / "cli_options.txt"
 VERBS = (
     "quantize", "decompress", "extract", "extract-text", "inspect", "plan", "errors", "verify", "compare", "formats",
-    "demo", "card", "devhub",
+    "demo", "card", "devhub", "smoke", "setup-vllm", "serve-check",
 )  # fmt: skip
 PROGRAMS = Path(sys.executable).parent
 
@@ -298,6 +298,7 @@ def test_every_scheme_option_reaches_the_recipe(name: str, dashed: bool, source:
 def test_the_options_above_are_all_scheme_options(source: Path) -> None:
     """Those that read another checkpoint or a file are tested on their own, below and with recipes."""
     elsewhere = {"exclude_config", "kv_scales", "recipe", "like", "text_only", "source", "input_dir", "json"}
+    elsewhere |= {"smoke", "tp", "vllm_python"}
     assert {p.name for p in main.commands["plan"].params} - elsewhere == set(SCHEME_OPTIONS) - {"asymmetric"}
 
 
@@ -536,6 +537,51 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "asymmetric FP4": (["plan", "SOURCE", "--asymmetric"], "nvfp4 is always symmetric; leave --asymmetric out"),
     "W4A8 NVFP4": (["plan", "SOURCE", "--activations", "8"], "no runtime loads NVFP4 weights with FP8 activations"),
     "INT4 for ModelOpt": (["plan", "SOURCE", "--format", "w4a16", "--layout", "modelopt"], "no runtime loads integer"),
+    "FP8 for ModelOpt without scales": (
+        ["quantize", "IN", "OUT", "--format", "fp8", "--layout", "modelopt"],
+        "add --input_scale, or take fp8_dynamic",
+    ),
+    "FP8 experts for ModelOpt": (
+        ["quantize", "IN", "OUT", "--format", "fp8_dynamic", "--layout", "modelopt"],
+        "use the layout compressed-tensors",
+    ),
+    "what nobody writes, whatever the flag": (
+        ["plan", "SOURCE", "--format", "w4a16", "--layout", "modelopt", "--no_smoke"],
+        "no runtime loads integer",
+    ),
+    "a vLLM of nowhere": (
+        ["quantize", "IN", "OUT", "--smoke", "--vllm-python", "/nowhere"],
+        "must be a Python that has vLLM, found nothing",
+    ),
+    "no vLLM": (["quantize", "IN", "OUT", "--smoke"], "has no vLLM; `mso-hub setup-vllm` makes an environment"),
+    "no vLLM for a plan": (["plan", "SOURCE", "--smoke", "--tp", "1"], "has no vLLM; `mso-hub setup-vllm` makes"),
+    "no vLLM for a proof": (["smoke", "SOURCE"], "has no vLLM; `mso-hub setup-vllm` makes"),
+    "no vLLM to generate": (["smoke", "PACKED", "--generate"], "has no vLLM; `mso-hub setup-vllm` makes"),
+    "sizes without a proof": (["plan", "SOURCE", "--tp", "2"], "--tp 2: is for --smoke; add it, or leave this out"),
+    "a vLLM without a proof": (["plan", "SOURCE", "--vllm_python", "x"], "--vllm_python x: is for --smoke; add it"),
+    "a size that is no number": (["smoke", "SOURCE", "--tp", "1,two"], "--tp 1,two: needs different whole numbers > 0"),
+    "a size of nothing": (["verify", "PACKED", "--tp", "0"], "--tp 0: needs different whole numbers > 0"),
+    "an empty size": (["plan", "SOURCE", "--smoke", "--tp", "1,,2"], "--tp 1,,2: needs different whole numbers > 0"),
+    "a size twice": (["smoke", "SOURCE", "--tp", "2,2"], "--tp 2,2: needs different whole numbers > 0"),
+    "more stages than layers": (
+        ["smoke", "SOURCE", "--pp", "3"],
+        "pp must be at most 2, a layer for each stage, got 3",
+    ),
+    "no stage": (["smoke", "SOURCE", "--pp", "0"], "pp must be a number of pipeline stages > 0, got 0"),
+    "more layers than there are": (
+        ["smoke", "SOURCE", "--layers", "3"],
+        "layers must be at most 2, the decoder layers",
+    ),
+    "a proof of nowhere": (["smoke", "/nowhere"], "found nothing there"),
+    "a prompt for a proof": (["smoke", "SOURCE", "--prompt", "x"], "--prompt: is for --generate; add it"),
+    "sizes for generating": (["smoke", "SOURCE", "--generate", "--tp", "2"], "--real_tp is its size"),
+    "a prompt without a tokenizer": (
+        ["smoke", "SOURCE", "--generate", "--prompt", "x"],
+        "needs a tokenizer, there is no",
+    ),
+    "generating from a repo": (["smoke", "hf://org/name", "--generate"], "generating needs the weights in a folder"),
+    "no token": (["smoke", "SOURCE", "--generate", "--max_tokens", "0"], "max_tokens and tp must be at least 1"),
+    "a gap below nothing": (["smoke", "SOURCE", "--generate", "--max_nll_gap=-1"], "max_nll_gap at least 0, got"),
     "groups that do not fit": (["plan", "SOURCE", "--format", "w4a16"], "choose another --group_size"),
     "a size that is none": (["quantize", "IN", "OUT", "--memory_budget", "many"], "needs a size like 512MiB or 2GB"),
     "an infinite size": (["quantize", "IN", "OUT", "--memory_budget", "inf"], "needs a size like 512MiB or 2GB"),
@@ -590,6 +636,20 @@ def test_refusals_are_one_message_and_exit_code_two(
     assert isinstance(result.exception, SystemExit)
     assert not (tmp_path / "out").exists()
     assert sorted(path for folder in (source, reference) for path in folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("form", ["--no_smoke", "--no-smoke"])
+def test_what_vllm_does_not_load_is_written_when_told(form: str, source: Path, tmp_path: Path) -> None:
+    """The note says so, and the command that makes it again has the flag."""
+    words = ("--input_dir", source, "--output_dir", tmp_path / "out", "--format", "fp8_dynamic", "--layout", "modelopt")
+    assert invoke("quantize", *words).exit_code == 2
+    done = succeed("quantize", *words, form, "--progress", "bar")
+    assert (
+        "note: vLLM does not load this: model.layers.0.mlp.experts: no engine loads fp8_dynamic experts" in done.stdout
+    )
+    assert tensors_of(tmp_path / "out")["model.layers.0.mlp.experts.0.up_proj.weight"].dtype == torch.float8_e4m3fn
+    again = succeed("plan", source, "--recipe", tmp_path / "out", "--json")
+    assert json.loads(again.stdout)["job"] == json.loads((tmp_path / "out" / "mso_hub.json").read_text())["job"]
 
 
 @pytest.mark.parametrize(

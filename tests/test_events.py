@@ -14,13 +14,13 @@ import pytest
 import mso_hub
 from mso_hub.engine import ThreadEngine
 from mso_hub.errors import MsoError
-from mso_hub.events import Event, PlanReady, Published, ShardDone, ShardResumed, TensorDone
+from mso_hub.events import Committing, Event, Moved, PlanReady, Published, ShardDone, ShardResumed, TensorDone
 from mso_hub.plan import Plan, Recipe
 from mso_hub.progress import Bar
 from mso_hub.sink import LocalSink, MemorySink, Sink
 from mso_hub.source import read_checkpoint
 from mso_hub.source.local import LocalSource
-from tests.helpers import tiny_llama, tiny_moe
+from tests.helpers import random_tensor, tiny_llama, tiny_moe, write_checkpoint
 from tests.running import command, convert, run
 
 SHARDS = 3
@@ -61,7 +61,7 @@ def test_the_order_of_events(source: Path, sink: Sink, delay: float) -> None:
     for shard in plan.shards:
         wanted += [(TensorDone, step.weight.name) for step in shard.steps]
         wanted.append((ShardDone, shard.name))
-    wanted.append((Published, ""))
+    wanted += [(Committing, ""), (Published, "")]
     names = {TensorDone: "name", ShardDone: "shard"}
     found = [(type(e), getattr(e, names[type(e)]) if type(e) in names else "") for e in events]
     assert found == wanted
@@ -92,6 +92,21 @@ def test_events_say_what_lies_on_disk(source: Path, tmp_path: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in out.iterdir() if path.name != "mso_hub.json"}
     assert published == Published(str(out), sum(sizes.values()))
     assert ready.write_bytes == sum(sizes.values())  # this source has no other files
+
+
+def test_large_tensors_are_told_of_while_they_move(tmp_path: Path) -> None:
+    """One weight of 40 MiB: what was read and written is told before it is done, grows, and ends at what moved."""
+    tensors = {"model.layers.0.mlp.down_proj.weight": random_tensor(4096, 5120)}
+    events: list[Event] = []
+    where = write_checkpoint(tmp_path / "in", {"model.safetensors": tensors}, {"model_type": "llama"})
+    plan = mso_hub.convert(where, MemorySink(), Recipe(), on_event=events.append)
+    told = [event for event in events if isinstance(event, Moved)]
+    done = next(at for at, event in enumerate(events) if isinstance(event, TensorDone))
+    assert any(isinstance(event, Moved) for event in events[:done])
+    assert [e.read for e in told] == sorted(e.read for e in told)
+    assert [e.written for e in told] == sorted(e.written for e in told)
+    assert 0 < told[-1].read <= plan.read_bytes
+    assert 0 < told[-1].written <= plan.write_bytes
 
 
 def test_a_shard_done_is_complete_and_one_published_is_visible(source: Path, tmp_path: Path) -> None:
@@ -158,11 +173,12 @@ def test_json_lines_are_the_events(source: Path, tmp_path: Path) -> None:
     """Each line is one object with the event's name and fields; nothing else is on stdout."""
     _, events = converted(source, LocalSink(tmp_path / "direct"))
     lines = convert(source, tmp_path / "out")
-    assert {line["event"] for line in lines} == {"PlanReady", "TensorDone", "ShardDone", "Published"}
+    assert {line["event"] for line in lines} == {"PlanReady", "TensorDone", "ShardDone", "Committing", "Published"}
     assert [line["event"] for line in lines] == [type(event).__name__ for event in events]
     for line, event in zip(lines, events, strict=True):
         fields = {name: getattr(event, name) for name in line if name != "event"}
-        expected = {**fields, "where": str(tmp_path / "out")} if isinstance(event, Published) else fields
+        moved = isinstance(event, Committing | Published)
+        expected = {**fields, "where": str(tmp_path / "out")} if moved else fields
         assert {name: value for name, value in line.items() if name != "event"} == expected
 
 

@@ -1,4 +1,4 @@
-"""The map in the docstring of mso_hub is true: modules, ranks, directions, and who may load what is heavy."""
+"""The maps of mso_hub and of its plugin are true: modules, ranks, directions, and who may load what is heavy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ import pytest
 import mso_hub
 from tests.helpers import tiny_moe
 
-ROOT = Path(mso_hub.__file__).resolve().parent
-FILES = sorted(ROOT.rglob("*.py"))
-MAP = mso_hub.__doc__ or ""
-RANK = {name: int(rank) for rank, name in re.findall(r"^ +(\d+) +(\w+) ", MAP, re.MULTILINE)}
+REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = {
     "torch",
     "numba",
@@ -32,13 +29,47 @@ HEAVY = {
 LAZY = {"huggingface_hub", "hf_xet", "vllm", "ipywidgets", "transformers", "compressed_tensors", "modelopt", "ray"}
 
 
-def dotted(path: Path) -> str:
+class House:
+    """A package whose docstring maps its rooms; read as text, so that it need not be importable here."""
+
+    def __init__(self, root: Path, *, entry: bool = False) -> None:
+        """Parse every file below `root`; `entry`: the package itself has names of its own, which its rooms may use."""
+        self.name = root.name
+        self.entry = entry
+        files = sorted(root.rglob("*.py"))
+        self.modules = {dotted(path, root): ast.parse(path.read_text(encoding="utf-8")) for path in files}
+        self.map = ast.get_docstring(self.modules[self.name]) or ""
+        self.rank = {name: int(rank) for rank, name in re.findall(r"^ *(\d+) +(\w+) ", self.map, re.MULTILINE)}
+
+    def may_import(self, here: str, there: str) -> bool:
+        """The rule of the map; the core itself may be imported by nobody, its names live elsewhere."""
+        if there == "":
+            return self.entry
+        return here == there or self.rank.get(there, 99) < self.rank.get(here, 99)
+
+    def targets(self, statement: ast.Import | ast.ImportFrom) -> list[str]:
+        """Modules that an import statement loads: `from mso_hub.plan import select` -> mso_hub.plan.select."""
+        if isinstance(statement, ast.Import):
+            return [alias.name for alias in statement.names]
+        base = statement.module or ""
+        below = [f"{base}.{alias.name}" for alias in statement.names]
+        return [name if name in self.modules else base for name in below]
+
+    def all_imports(self, module: str) -> set[str]:
+        """Everything that a module imports anywhere, inside functions and under TYPE_CHECKING too."""
+        nodes = [n for n in ast.walk(self.modules[module]) if isinstance(n, ast.Import | ast.ImportFrom)]
+        return {name for node in nodes for name in self.targets(node)}
+
+    def load_imports(self, module: str, *, typing_too: bool = False) -> set[str]:
+        """What loading a module imports."""
+        found = statements(self.modules[module], typing_too=typing_too)
+        return {name for node in found for name in self.targets(node)}
+
+
+def dotted(path: Path, root: Path) -> str:
     """mso_hub/plan/select.py -> mso_hub.plan.select."""
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    parts = path.relative_to(root.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {dotted(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 
 def room(module: str) -> str:
@@ -58,87 +89,88 @@ def statements(node: ast.AST, *, typing_too: bool) -> Iterator[ast.Import | ast.
             yield from statements(child, typing_too=typing_too)
 
 
-def targets(statement: ast.Import | ast.ImportFrom) -> list[str]:
-    """Modules that an import statement loads: `from mso_hub.plan import select` -> mso_hub.plan.select."""
-    if isinstance(statement, ast.Import):
-        return [alias.name for alias in statement.names]
-    base = statement.module or ""
-    below = [f"{base}.{alias.name}" for alias in statement.names]
-    return [name if name in MODULES else base for name in below]
+CORE = House(Path(mso_hub.__file__).resolve().parent)
+PLUGIN = House(REPOSITORY / "plugins/vllm-mso-hub/src/vllm_mso_hub", entry=True)
+both = pytest.mark.parametrize("house", [CORE, PLUGIN], ids=lambda house: house.name)
 
 
-def all_imports(module: str) -> set[str]:
-    """Everything that a module imports anywhere, inside functions and under TYPE_CHECKING too."""
-    nodes = [n for n in ast.walk(MODULES[module]) if isinstance(n, ast.Import | ast.ImportFrom)]
-    return {name for node in nodes for name in targets(node)}
-
-
-def load_imports(module: str, *, typing_too: bool = False) -> set[str]:
-    """What loading a module imports."""
-    return {name for node in statements(MODULES[module], typing_too=typing_too) for name in targets(node)}
-
-
-def test_the_table_lists_every_module_and_nothing_else() -> None:
+@both
+def test_the_table_lists_every_module_and_nothing_else(house: House) -> None:
     """A new file or room at the top level needs a line in the map, and a line needs its file."""
-    assert set(RANK) == {room(module) for module in MODULES} - {""}
+    assert set(house.rank) == {room(module) for module in house.modules} - {""}
 
 
-def test_there_are_no_relative_imports() -> None:
+@both
+def test_there_are_no_relative_imports(house: House) -> None:
     """One way to write an import, so that these tests see them all."""
     relative = [
         module
-        for module, tree in MODULES.items()
+        for module, tree in house.modules.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert not relative
 
 
-def test_imports_only_point_down() -> None:
+@both
+def test_imports_only_point_down(house: House) -> None:
     """A module may import lower ranks and its own room; inside functions and for type checkers too."""
     wrong = [
         f"{module} imports {target}"
-        for module in MODULES
-        for target in all_imports(module)
-        if target.split(".")[0] == "mso_hub" and room(module) and not may_import(room(module), room(target))
+        for module in house.modules
+        for target in house.all_imports(module)
+        if target.split(".")[0] == house.name and room(module) and not house.may_import(room(module), room(target))
     ]
     assert not wrong
 
 
-def may_import(here: str, there: str) -> bool:
-    """The rule of the map; the package itself may be imported by nobody, its names live elsewhere."""
-    return here == there or (there != "" and RANK[there] < RANK[here])
-
-
-def test_there_are_no_cycles() -> None:
+@both
+def test_there_are_no_cycles(house: House) -> None:
     """No module needs itself while it is loaded."""
-    graph = {m: {t for t in load_imports(m) if t in MODULES} - {m} for m in MODULES}
+    modules = house.modules
+    graph = {m: {t for t in house.load_imports(m) if t in modules} - {m} for m in modules}
     for module, loads in graph.items():  # loading a.b.c loads the packages a.b and a too, unless they came first
-        loads |= {p for p in MODULES for t in loads if t.startswith(f"{p}.") and not module.startswith(p)}
+        loads |= {p for p in modules for t in loads if t.startswith(f"{p}.") and not module.startswith(p)}
     try:
         order = list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
-    assert set(order) == set(MODULES)
+    assert set(order) == set(modules)
 
 
 def test_what_only_some_need_is_never_imported_on_load() -> None:
     """The Hub client, vLLM, widgets and the reference libraries are imported in the function that needs them."""
     found = {
         f"{module}: {name}"
-        for module in MODULES
-        for name in load_imports(module, typing_too=True)
+        for module in CORE.modules
+        for name in CORE.load_imports(module, typing_too=True)
         if name.split(".")[0] in LAZY
     }
     assert not found
+
+
+def test_vllm_can_load_the_plugin_in_every_process() -> None:
+    """Importing the package, and what it imports in turn, loads neither torch nor vLLM nor anything else heavy."""
+    reached, waiting = set[str](), [PLUGIN.name]
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting += [t for t in PLUGIN.load_imports(module) if t in PLUGIN.modules and t not in reached]
+    assert not {name for m in reached for name in PLUGIN.load_imports(m) if name.split(".")[0] in LAZY | HEAVY}
+
+
+def test_neither_package_imports_the_other() -> None:
+    """The core runs without vLLM, the plugin in an environment without the core."""
+    assert not [m for m in PLUGIN.modules for t in PLUGIN.all_imports(m) if t.split(".")[0] == CORE.name]
+    assert not [m for m in CORE.modules for t in CORE.all_imports(m) if t.split(".")[0] in {PLUGIN.name, "vllm"}]
 
 
 def test_arithmetic_libraries_live_in_one_room() -> None:
     """torch and numba are imported below formats/numerics and nowhere else, not even inside a function."""
     found = {
         f"{module}: {name}"
-        for module in MODULES
-        for name in all_imports(module)
+        for module in CORE.modules
+        for name in CORE.all_imports(module)
         if name.split(".")[0] in {"torch", "numba"} and not module.startswith("mso_hub.formats.numerics")
     }
     assert not found

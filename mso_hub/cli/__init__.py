@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,20 @@ from mso_hub.cli.options import (
     PROCESSORS,
     RUN,
     SCHEME,
+    SMOKE,
     SOURCE,
     TARGET,
     build_recipe,
+    emit,
     given,
     hub_target,
     one_of,
     opt,
     read_size,
+    read_tp,
     several,
 )
+from mso_hub.cli.smoke import prove_plan, require_proof, wants_proof
 from mso_hub.errors import MsoError, RecipeError, TransientError
 
 if TYPE_CHECKING:
@@ -103,7 +107,8 @@ def execute(options: dict[str, Any], recipe: Recipe) -> None:
         sink = open_sink(options["output_dir"], fresh=fresh, target=target, on_event=show)
         plan = convert(
             options["input_dir"], sink, recipe, engine=engine, base_model=options["base_model"],
-            report=options.get("report", ()), notes=choice.notes if choice else (), on_event=show,
+            report=options.get("report", ()), notes=choice.notes if choice else (),
+            check=partial(require_proof, options=options) if options.get("smoke") else None, on_event=show,
         )  # fmt: skip
     finally:
         if isinstance(show, Bar):
@@ -125,7 +130,7 @@ def closing_lines(plan: Plan, sink: Sink, shown: Sequence[str] = ()) -> str:
 
 
 @main.command()
-@several(SOURCE, TARGET, SCHEME, CHOICE, RUN, DEVICE, HUB, LIST_CONFIGS)
+@several(SOURCE, TARGET, SCHEME, CHOICE, SMOKE, RUN, DEVICE, HUB, LIST_CONFIGS)
 @opt("calibrate", is_flag=True, hidden=True)
 @opt("calib_size", type=int, hidden=True)
 @opt("calib_dataset", hidden=True)
@@ -137,6 +142,7 @@ def quantize(calibrate: bool, calib_size: int | None, calib_dataset: str | None,
             "--input_scale DIR takes the scales of a calibrated checkpoint"
         )
     recipe = build_recipe(options)
+    wants_proof(options)
     choice = choose(options, recipe)
     execute({**options, "choice": choice}, choice.recipe if choice else recipe)
 
@@ -205,30 +211,38 @@ def inspect(source: str | None, input_dir: str | None, json: bool) -> None:
 @main.command()
 @click.argument("source", callback=given, required=False)
 @opt("input_dir", metavar="WHERE", help="The same as SOURCE.")
-@SCHEME
-@JSON
+@several(SCHEME, SMOKE, JSON)
 def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) -> None:
-    """Show from headers what would be quantized, what not and why, and the sizes.
+    """Show from headers what would be quantized, what not and why, and the sizes. Exit code 2 when --smoke fails.
 
     SOURCE is a folder or hf://org/name@revision.
     """
     from mso_hub.display import plan_as_dict, plan_text
     from mso_hub.pipeline import make_plan
     from mso_hub.progress import waiting
+    from mso_hub.smoke.text import shape_text
     from mso_hub.source import open_source
 
     recipe = build_recipe(options)
+    proves = wants_proof(options)
     with closing(open_source(one_of(source, input_dir), on_event=waiting)) as opened:
         planned = make_plan(opened, recipe)
-    emit(plan_as_dict(planned) if json else plan_text(planned))
+        report = prove_plan(planned, opened, options) if proves else None
+    if json:
+        emit({**plan_as_dict(planned), **({"smoke": report.as_dict()} if report else {})})
+    else:
+        emit("\n\n".join([plan_text(planned), *([shape_text(report)] if report else [])]))
+    if report is not None and not report.ok:
+        sys.exit(2)
 
 
 @main.command()
 @click.argument("checkpoint", callback=given)
 @opt("source", metavar="WHERE", help="Where it came from: reports the dequantized error of every weight.")
 @opt("reference", metavar="WHAT", help="`modelopt`, or a checkpoint to compare with byte by byte.")
+@opt("tp", metavar="LIST", help="Tensor-parallel sizes at which groups must stay whole, like 1,2,4,8.")
 @JSON
-def verify(checkpoint: str, source: str | None, reference: str | None, json: bool) -> None:
+def verify(checkpoint: str, source: str | None, reference: str | None, tp: str | None, json: bool) -> None:
     """Check a finished checkpoint: structure, config, shared scales, numbers. Exit code 2 when something is wrong.
 
     CHECKPOINT is a folder or hf://org/name@revision.
@@ -237,7 +251,8 @@ def verify(checkpoint: str, source: str | None, reference: str | None, json: boo
     from mso_hub.progress import waiting
     from mso_hub.verify import verify_checkpoint
 
-    report = verify_checkpoint(checkpoint, source=source, reference=reference, on_event=waiting)
+    sizes = read_tp(tp)
+    report = verify_checkpoint(checkpoint, source=source, reference=reference, tp=sizes, on_event=waiting)
     emit(report.as_dict() if json else report_text(report))
     if not report.ok:
         sys.exit(2)
@@ -279,17 +294,15 @@ def demo(source: str | None, output_dir: str) -> None:
     run_demo(source, Path(output_dir), click.echo)
 
 
-def emit(content: str | dict[str, Any]) -> None:
-    """Text as it is, anything else as JSON."""
-    click.echo(content if isinstance(content, str) else json.dumps(content, indent=2))
-
-
 def _add_hub_commands() -> None:
-    from mso_hub.cli import errors, hub
+    from mso_hub.cli import errors, hub, smoke, vllm
 
     main.add_command(hub.card)
     main.add_command(hub.devhub)
     main.add_command(errors.errors)
+    main.add_command(smoke.smoke)
+    main.add_command(vllm.setup_vllm)
+    main.add_command(vllm.serve_check)
 
 
 _add_hub_commands()

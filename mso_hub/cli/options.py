@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import closing
 from importlib.metadata import version
@@ -108,6 +109,18 @@ SCHEME = several(
     opt("block_size", type=int, default=16, hidden=True),
 )  # fmt: skip
 JSON = opt("json", is_flag=True, help="Print JSON.")
+VLLM = opt("vllm_python", metavar="PATH", help="A Python that has vLLM [that of MSO_VLLM_PYTHON, else this one].")
+SMOKE = several(
+    click.option(
+        "--smoke/--no_smoke",
+        " /--no-smoke",
+        default=None,
+        help="Prove on the planned headers that vLLM loads the result, before a byte is written; or allow also what "
+        "vLLM is known not to load.",
+    ),
+    opt("tp", metavar="LIST", help="--smoke: tensor-parallel sizes to prove [1,2,4,8]."),
+    VLLM,
+)
 RULE_OPTIONS = (
     "format", "mlp_only", "all_linear", "targets", "activations", "group_size", "symmetric", "scale_search",
 )  # fmt: skip
@@ -133,6 +146,11 @@ PRESETS = click.option(
     "--presets", "--list_configs", "--list-configs", "presets", is_flag=False, flag_value="all", metavar="[NAME]",
     callback=given, help="The presets that --recipe takes; with a name, the file of that one.",
 )  # fmt: skip
+
+
+def emit(content: str | dict[str, Any]) -> None:
+    """Text as it is, anything else as JSON."""
+    click.echo(content if isinstance(content, str) else json.dumps(content, indent=2))
 
 
 def hub_target(options: dict[str, Any], recipe: Recipe) -> HubTarget | None:
@@ -176,6 +194,17 @@ def read_size(text: str, name: str = "memory_budget") -> int:
     if nbytes < 1 << 20:
         raise RecipeError(f"{name}: must be at least 1MiB, got {text!r}")
     return nbytes
+
+
+def read_tp(text: str | None) -> tuple[int, ...]:
+    """`1,2,4` -> sizes, nothing for None; RecipeError for what is no list of different whole numbers > 0."""
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    sizes = tuple(int(part) for part in parts if part.isascii() and part.isdigit())
+    if len(sizes) < len(parts) or 0 in sizes or len(set(sizes)) < len(sizes):
+        raise RecipeError(f"--tp {text}: needs different whole numbers > 0 with commas between them, like 1,2,4,8")
+    return sizes
 
 
 def build_recipe(options: dict[str, Any]) -> Recipe:
@@ -224,6 +253,7 @@ def _said(options: dict[str, Any]) -> dict[str, Any]:
         "kv_cache": True if options["kv_cache"] else None,
         "kv_scales": read_kv(options["kv_scales"]) if options["kv_scales"] else None,
         "text_only": True if options["text_only"] else None,
+        "unloadable": True if options.get("smoke") is False else None,
     }
     return {name: value for name, value in said.items() if value is not None and value != ()}
 

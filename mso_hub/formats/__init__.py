@@ -64,8 +64,11 @@ READABLE: dict[str, str] = {
 """Formats of a source that can be decoded, for `mso-hub formats` and the README."""
 
 
-def build(scheme: Scheme, layout: str) -> Format | None:
-    """The encoder for a scheme, None for DENSE; RecipeError for what does not exist or what no runtime loads."""
+def build(scheme: Scheme, layout: str, *, unloadable: bool = False) -> Format | None:
+    """The encoder for a scheme, None for DENSE; RecipeError for what does not exist or what vLLM does not load.
+
+    unloadable  build also what vLLM does not load
+    """
     if scheme.format in ALIASES:
         said = {f.name: getattr(scheme, f.name) for f in fields(Scheme) if f.name != "format"}
         scheme = replace(ALIASES[scheme.format], **{key: value for key, value in said.items() if value is not None})
@@ -73,4 +76,7 @@ def build(scheme: Scheme, layout: str) -> Format | None:
         return None
     if scheme.format not in FORMATS:
         raise RecipeError(f"format must be one of {', '.join([*FORMATS, *ALIASES, DENSE])}, got {scheme.format!r}")
-    return FORMATS[scheme.format].build(scheme, layout)
+    form = FORMATS[scheme.format].build(scheme, layout)
+    if form.unloadable is not None and not unloadable:
+        raise RecipeError(form.unloadable)
+    return form

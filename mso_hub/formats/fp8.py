@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from mso_hub.checkpoint import Array, TensorInfo
-from mso_hub.errors import RecipeError
 from mso_hub.formats.dialects.compressed_tensors import arguments
 from mso_hub.formats.scheme import Choices, Format, Scheme
 
@@ -53,11 +52,6 @@ class Fp8(Format):
         """The encoder that a scheme asks for."""
         FP8_CHOICES[scheme.format].check(scheme, layout)
         static = scheme.format == TENSOR and scheme.input_scale is not None
-        if scheme.format == TENSOR and layout == "modelopt" and not static:
-            raise RecipeError(
-                f"{scheme.format} in the layout {layout!r} needs an activation scale beside each weight, none was "
-                "given: add --input_scale, or take fp8_dynamic, which needs none"
-            )
         return cls(scheme.format, layout, scheme.search or FP8_CHOICES[scheme.format].searches[0], static)
 
     @property
@@ -101,12 +95,30 @@ class Fp8(Format):
         return None
 
     @property
+    def unloadable(self) -> str | None:
+        """vLLM's ModelOpt loader has a static activation scale for every weight with one scale a tensor."""
+        if self.layout != "modelopt" or self.name != TENSOR or self.static:
+            return None
+        return (
+            f"{self.name} in the layout {self.layout!r} needs an activation scale beside each weight, none was given: "
+            "add --input_scale, or take fp8_dynamic, which needs none"
+        )
+
+    @property
     def expert_problem(self) -> str | None:
         """vLLM's ModelOpt loader has experts with one scale a tensor only."""
         if self.layout != "modelopt" or self.name == TENSOR:
             return None
         other = "compressed-tensors" if self.name == CHANNEL else "compressed-tensors or deepseek"
         return f"no engine loads {self.name} experts in the layout modelopt; use the layout {other}, or another format"
+
+    @property
+    def head_problem(self) -> str | None:
+        """vLLM takes the rows of a head's scales for words of the vocabulary."""
+        if self.name != TILE:
+            return None
+        where = " in the layout compressed-tensors" if self.layout == "deepseek" else ""
+        return f"vLLM loads no output head as {self.name}; use fp8_dynamic for it{where}"
 
     def outputs(self, module: str, shape: tuple[int, ...], dtype: str) -> tuple[TensorInfo, ...]:
         """`weight` and its scale."""

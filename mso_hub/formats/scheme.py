@@ -90,8 +90,18 @@ class Format(ABC):
         return None
 
     @property
+    def unloadable(self) -> str | None:
+        """Why vLLM loads no weight stored this way, and what it loads; None where it does."""
+        return None
+
+    @property
     def expert_problem(self) -> str | None:
-        """Why no engine loads experts stored this way, or None."""
+        """Why vLLM loads no experts stored this way, and what it loads; None where it does."""
+        return None
+
+    @property
+    def head_problem(self) -> str | None:
+        """Why vLLM loads no output head stored this way, and what it loads; None where it does."""
         return None
 
     @abstractmethod

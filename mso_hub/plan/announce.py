@@ -12,7 +12,7 @@ from mso_hub.formats.dialects import compressed_tensors, deepseek, modelopt
 from mso_hub.formats.weight import Weight
 from mso_hub.plan.fusion import unit_of
 from mso_hub.plan.recipe import Recipe
-from mso_hub.plan.select import EXPERT, LINEAR, is_linear
+from mso_hub.plan.select import EXPERT, HEAD, LINEAR, is_linear
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """What vLLM's compressed-tensors MoE method calls the projections of an expert."""
@@ -43,10 +43,18 @@ def announce(
     elif recipe.layout == "deepseek":
         said = deepseek.config(ignore)
     else:
-        targets = [[LINEAR]] if len(groups) == 1 else group_targets([modules for _, modules in groups], kept)
+        if len(groups) == 1:
+            targets = [[LINEAR, *_heads(formats)]]
+        else:
+            targets = group_targets([modules for _, modules in groups], kept)
         pairs = [(form.group, names) for (form, _), names in zip(groups, targets, strict=True)]
         said = compressed_tensors.config(pairs, ignore, kv_cache=recipe.kv_cache)
     return {"config.json": {**config, "quantization_config": said}, **files}
+
+
+def _heads(modules: Iterable[str]) -> list[str]:
+    """Patterns for output heads: vLLM's are of a class of their own, which `Linear` does not mean."""
+    return [_pattern(module, layers=None) for module in modules if HEAD.search(module)]
 
 
 def _with_aliases(modules: Iterable[str]) -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 from mso_hub.checkpoint import other_models
-from mso_hub.errors import PlanError
 from mso_hub.formats.weight import Weight
 from mso_hub.plan.fusion import unit_of, units
 from mso_hub.plan.select import EXPERT, is_linear
@@ -67,8 +66,8 @@ def ignore_list(kept: Mapping[str, tuple[Weight, str]], chosen: Iterable[str]) -
     return sorted(names | aliases)
 
 
-def check_substrings(ignore: Iterable[str], chosen: Iterable[str]) -> None:
-    """ModelOpt ignore lists are matched as substrings by vLLM: refuse one that would cover a quantized module."""
+def substring_problem(ignore: Iterable[str], chosen: Iterable[str]) -> str | None:
+    """vLLM matches ModelOpt ignore lists as substrings: a sentence about one that covers a quantized module."""
     chosen = list(chosen)
     everything = "\n".join([*chosen, *units(chosen)])
     ignored = set(ignore)
@@ -76,7 +75,8 @@ def check_substrings(ignore: Iterable[str], chosen: Iterable[str]) -> None:
     for name in (n for n in ignored if not any(n[:at] in ignored for at, c in enumerate(n) if c == ".")):
         if name in everything:
             hit = next(m for m in everything.split("\n") if name in m)
-            raise PlanError(
+            return (
                 f"{name}: stays unquantized, but vLLM's ModelOpt loader would match it as a part of {hit!r}, which "
                 "is quantized; use the compressed-tensors layout"
             )
+    return None

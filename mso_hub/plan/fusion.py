@@ -27,6 +27,7 @@ KIMI_LINEAR = ("q_proj", "k_proj", "v_proj", "g_a_proj", "f_a_proj", "b_proj")
 """Inputs of a Kimi delta attention layer, one projection `in_proj_qkvgfab` in engines that fuse them."""
 
 _ALIAS_OF = {member: alias for alias, members in FUSED.items() for member in members}
+_PLACE = {member: at for members in (KIMI_LINEAR, *FUSED.values()) for at, member in enumerate(members)}
 
 
 def unit_of(module: str) -> str | None:
@@ -37,6 +38,11 @@ def unit_of(module: str) -> str | None:
     parent, _, leaf = module.rpartition(".")
     alias = _ALIAS_OF.get(leaf)
     return None if alias is None else f"{parent}.{alias}" if parent else alias
+
+
+def place_in_unit(module: str) -> int:
+    """Where engines put a module's rows among those of its unit, whatever the order in the checkpoint."""
+    return _PLACE.get(module.rpartition(".")[2], 0)
 
 
 def units(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:

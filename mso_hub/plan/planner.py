@@ -20,7 +20,7 @@ from mso_hub.formats.decoders.base import ReadShape
 from mso_hub.formats.detect import quantization_configs, read_weights, with_dtype, without_quantization
 from mso_hub.formats.weight import Weight
 from mso_hub.plan.announce import announce, linear_modules
-from mso_hub.plan.config import REPO_FILES, carried_files, check_substrings, ignore_list
+from mso_hub.plan.config import REPO_FILES, carried_files, ignore_list, substring_problem
 from mso_hub.plan.recipe import Recipe
 from mso_hub.plan.select import Selection, select
 from mso_hub.plan.shards import ShardPlan, as_json, index_file, plan_shards
@@ -92,7 +92,8 @@ def _raise_problems(source: str, problems: Sequence[str]) -> None:
 
 
 def _job(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    settings = json.dumps([FORMAT_VERSION, checkpoint.identity, asdict(recipe)], sort_keys=True)
+    said = {key: value for key, value in asdict(recipe).items() if key != "unloadable" or value}
+    settings = json.dumps([FORMAT_VERSION, checkpoint.identity, said], sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()
 
 
@@ -206,21 +207,28 @@ def _group_shards(part: _GroupPlan, checkpoint: Checkpoint) -> list[ShardPlan]:
     return shards
 
 
-def _configs(checkpoint: Checkpoint, recipe: Recipe, parts: Sequence[_GroupPlan]) -> dict[str, dict[str, Any]]:
-    """config.json of the output and the layout's own JSON files, with one ignore list in all of them."""
+def _configs(
+    checkpoint: Checkpoint, recipe: Recipe, parts: Sequence[_GroupPlan]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """config.json of the output and the layout's own JSON files, with one ignore list in all of them.
+
+    With them sentences about what vLLM does not load, for a recipe that wants it all the same.
+    """
     config = without_quantization(parts[0].config)
     if recipe.decodes:
         if any(part.packed for part in parts):
             config = with_dtype(config, recipe.dtype)
-        return {"config.json": config} if config else {}
+        return {"config.json": config} if config else {}, []
     if not config:
         raise PlanError(f"{checkpoint.name}: a quantized model needs its config.json, there is none; add it")
     kept = {m: entry for part in parts for m, entry in part.selection.kept.items()}
     formats = {m: form for part in parts for m, form in part.selection.formats.items()}
     ignore = ignore_list(kept, formats)
-    if recipe.layout == "modelopt":
-        check_substrings(ignore, formats)
-    return announce(config, recipe, formats, linear_modules(kept), ignore)
+    covered = substring_problem(ignore, formats) if recipe.layout == "modelopt" else None
+    if covered is not None and not recipe.unloadable:
+        raise PlanError(covered)
+    barred = [sentence for part in parts for sentence in part.selection.barred] + ([covered] if covered else [])
+    return announce(config, recipe, formats, linear_modules(kept), ignore), barred
 
 
 def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShape) -> Plan:
@@ -237,7 +245,7 @@ def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShap
     if recipe.decodes and not recipe.text_only and not any(part.packed for part in parts):
         stale = " (its quantization_config is stale)" if quantization_configs(checkpoint.config) else ""
         _raise_problems(checkpoint.name, [f"every weight is dense already{stale}; there is nothing to decompress"])
-    configs = _configs(checkpoint, recipe, parts)
+    configs, barred = _configs(checkpoint, recipe, parts)
     files = {name: as_json(content) for name, content in configs.items()}
     by_group = [_group_shards(part, checkpoint) for part in parts]
     for group, members in zip(checkpoint.groups, by_group, strict=True):
@@ -257,7 +265,7 @@ def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShap
         files=files,
         carried=carried,
         behind=behind,
-        notes=_notes(checkpoint, shards, parts, behind),
+        notes=(*(f"vLLM does not load this: {why}" for why in barred), *_notes(checkpoint, shards, parts, behind)),
     )
 
 

@@ -120,6 +120,7 @@ class Recipe:
                     (k, v), engines take 1.0 where there are none
     dtype           what packed weights become when they are decoded: BF16, F16 or F32
     text_only       drop vision and audio parts, flatten names and config
+    unloadable      write also what vLLM is known not to load; the plan's notes say what that is
     """
 
     scheme: str = "nvfp4"
@@ -141,6 +142,7 @@ class Recipe:
     kv_scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     dtype: str = "BF16"
     text_only: bool = False
+    unloadable: bool = False
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:
@@ -183,7 +185,7 @@ class Recipe:
             )
         elif self.scheme not in (*FORMATS, *ALIASES):
             raise RecipeError(f"format must be one of {', '.join([*FORMATS, *ALIASES, DENSE])}, got {self.scheme!r}")
-        formats = [build(rule.scheme, self.layout) for rule in self.all_rules]
+        formats = [build(rule.scheme, self.layout, unloadable=self.unloadable) for rule in self.all_rules]
         if self.rules and not any(formats):
             raise RecipeError(f"rules must quantize something, got {self.label or DENSE!r} only; use decompress")
         self._check_scales(formats)

@@ -12,7 +12,7 @@ from mso_hub.errors import PlanError
 from mso_hub.formats import Format, Scheme, build
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.experts import FUSED_EXPERTS, is_fused_experts, split_experts
-from mso_hub.plan.fusion import units
+from mso_hub.plan.fusion import place_in_unit, units
 from mso_hub.plan.layers import layer_numbers
 from mso_hub.plan.recipe import DEFAULT_IGNORE, Patterns, Recipe, default_reason, is_mlp
 
@@ -25,6 +25,7 @@ APART = ("vision or audio tower", "multimodal projector", "MTP")
 CONV1D = frozenset(["gpt2", "openai-gpt", "imagegpt", "decision_transformer"])
 """Model types whose linear layers are stored [in, out]: groups along the last dimension would be the wrong ones."""
 EMBEDDING = DEFAULT_IGNORE["embedding"]
+HEAD = DEFAULT_IGNORE["output head"]
 LINEAR = "Linear"
 """The target that means every linear layer, as compressed-tensors recipes write it."""
 EXPERT = re.compile(r"^(?P<bank>.*\bexperts)\.\d+\.(?P<leaf>\w+)$")
@@ -43,6 +44,7 @@ class Selection:
     overlaps  sentences about modules that several rules cover
     absent    sentences about optional rules that find less than they name
     problems  everything that makes the plan impossible
+    barred    sentences about what vLLM does not load and the recipe wants all the same
     """
 
     chosen: tuple[Weight, ...]
@@ -55,6 +57,7 @@ class Selection:
     overlaps: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    barred: tuple[str, ...] = ()
 
 
 def is_linear(weight: Weight) -> bool:
@@ -90,7 +93,9 @@ class _Chooser:
     ) -> None:
         self._recipe = recipe
         self._rules = recipe.all_rules
-        self._formats = encoders or [build(rule.scheme, recipe.layout) for rule in self._rules]
+        self._formats = encoders or [
+            build(rule.scheme, recipe.layout, unloadable=recipe.unloadable) for rule in self._rules
+        ]
         self._ignore, self._imported = Patterns(recipe.ignore), Patterns(recipe.imported_ignore)
         self._targets = [Patterns(t for t in rule.targets if t != LINEAR) for rule in self._rules]
         self._layers = _layers(config)
@@ -286,16 +291,27 @@ def _split_units(formats: Mapping[str, Format], kept: Mapping[str, tuple[Weight,
     return problems
 
 
-def _expert_problems(formats: Mapping[str, Format]) -> list[str]:
-    """Banks of experts in a form that no engine loads."""
-    banks = {match["bank"]: form for module, form in formats.items() if (match := EXPERT.match(module))}
-    found = ((bank, form.expert_problem) for bank, form in banks.items())
-    return [f"{bank}: {problem}; or add it to `ignore`" for bank, problem in found if problem is not None]
+def loader_problem(module: str, form: Format) -> str | None:
+    """Why vLLM does not load a module in a form, where it loads others in it; None where it does."""
+    if EXPERT.match(module):
+        return form.expert_problem
+    return form.head_problem if HEAD.search(module) else None
+
+
+def _barred(formats: Mapping[str, Format]) -> list[str]:
+    """Sentences about what vLLM does not load: formats, banks of experts, output heads."""
+    found = dict.fromkeys(form.unloadable for form in formats.values() if form.unloadable is not None)
+    for module, form in formats.items():
+        if (problem := loader_problem(module, form)) is not None:
+            bank = EXPERT.match(module)
+            found[f"{bank['bank'] if bank else module}: {problem}; or add it to `ignore`"] = None
+    return list(found)
 
 
 def _shape_problems(units_: Mapping[str, Sequence[Weight]], formats: Mapping[str, Format]) -> list[str]:
     """Units that engines cannot fuse because of their sizes."""
-    found = ((key, formats[m[0].module].fused_problem([w.shape for w in m])) for key, m in units_.items() if len(m) > 1)
+    fused = {key: sorted(m, key=lambda w: place_in_unit(w.module)) for key, m in units_.items() if len(m) > 1}
+    found = ((key, formats[m[0].module].fused_problem([w.shape for w in m])) for key, m in fused.items())
     return [f"{key}: {problem}" for key, problem in found if problem is not None]
 
 
@@ -345,7 +361,8 @@ def select(
         f"{module}: {count} weights have this name; the checkpoint is damaged, remove the stale ones"
         for module, count in Counter(modules).items() if count > 1
     ]  # fmt: skip
-    problems += _expert_problems(formats) + chooser.beyond(names)
+    barred = _barred(formats)
+    problems += ([] if recipe.unloadable else barred) + chooser.beyond(names)
     linear = {name: entry for name, entry in kept.items() if is_linear(entry[0])}
     split = _split_units(formats, linear)
     shared = units(chosen)
@@ -355,5 +372,5 @@ def select(
     problems += split or _shape_problems(by_unit, formats)
     return Selection(
         tuple(chosen.values()), formats, scales, kept, by_unit, tuple(chooser.unused), tuple(chooser.idle()),
-        tuple(chooser.overlaps), tuple(chooser.absent()), tuple(problems),
+        tuple(chooser.overlaps), tuple(chooser.absent()), tuple(problems), tuple(barred),
     )  # fmt: skip

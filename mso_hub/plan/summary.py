@@ -133,6 +133,7 @@ def command(recipe: Recipe, source: str, target: str) -> str:
         words += ["--scale_search", recipe.scale_search] if recipe.scale_search is not None else []
         words += ["--kv_cache", "fp8"] if recipe.kv_cache else []
         words += ["--text_only"] if recipe.text_only else []
+        words += ["--no_smoke"] if recipe.unloadable else []
     return " ".join([*words, "--input_dir", source, "--output_dir", target])
 
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mso_hub.checkpoint import Checkpoint
 from mso_hub.formats.detect import quantization_configs
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
-from mso_hub.plan.recipe import DEFAULT_IGNORE
-from mso_hub.verify.announced import compiled, entries, expects_packed, ignored_by, needs_input_scale
+from mso_hub.plan.fusion import unit_of, units
+from mso_hub.plan.select import EXPERT
+from mso_hub.verify.announced import (
+    compiled,
+    covering,
+    entries,
+    expects_packed,
+    ignored_by,
+    model_type,
+    needs_input_scale,
+    never_packed,
+)
 from mso_hub.verify.claims import claim_problems, shown
+from mso_hub.verify.renamed import renamed_problems
 
 
 def config_problems(
@@ -41,21 +53,50 @@ def config_problems(
     is_ignored = ignored_by(config)
     covered = [w.module for w in packed if is_ignored(w.module)]
     if covered:
-        yield f"config.json: ignore covers modules that are stored packed: {shown(covered)}"
+        by = covering(config, covered[0])
+        yield f"config.json: the entry {by!r} of ignore covers modules that are stored packed: {shown(covered)}"
     if unnamed := [w.module for w in packed if not expects_packed(config, w.module)]:
         yield f"config.json: stored packed and in no group, so loaders expect them dense: {shown(unnamed)}"
-    linear = [w for w in weights if w.decoder is None and len(w.shape) == 2 and w.name.endswith(".weight")]
-    modules = [w.module for w in linear if w.dtype in FLOAT_DTYPES]
-    open_ones = [
-        m for m in modules
-        if not (DEFAULT_IGNORE["embedding"].search(m) or is_ignored(m)) and expects_packed(config, m)
+    dense = [
+        w.module for w in weights
+        if w.decoder is None and len(w.shape) == 2 and w.name.endswith(".weight") and w.dtype in FLOAT_DTYPES
+        and not never_packed(config, w.module, model_type(checkpoint.config))
     ]  # fmt: skip
-    if open_ones:
+    if open_ones := [m for m in dense if not is_ignored(m) and expects_packed(config, m)]:
         yield f"config.json: stored dense and not in ignore, so loaders expect them packed: {shown(open_ones)}"
+    yield from _fused_problems(packed, dense)
+    if config.get("quant_method") == "compressed-tensors":
+        yield from renamed_problems(config, [*dense, *(w.module for w in packed)])
     sound = [w for w in packed if w.module not in refused]
     yield from _layout_problems(checkpoint, config, sound)
     yield from claim_problems(config, sound)
     yield from _activation_problems(config, packed, runtime_scales)
+
+
+def config_notes(checkpoint: Checkpoint, weights: Sequence[Weight]) -> Iterator[str]:
+    """Names in the ignore list that mean nothing here: a slip of the pen, or left over from another model."""
+    modules = {weight.module for weight in weights}
+    known = modules | {key for module in modules if (key := unit_of(module)) is not None}
+    for module in modules:
+        known.update(module[: dot.start()] for dot in re.finditer(r"\.", module))
+    for config in quantization_configs(checkpoint.config)[:1]:
+        plain = [e for e in entries(config) if "." in e and not e.startswith("re:") and not set("*?[") & set(e)]
+        if idle := [e for e in plain if e not in known]:
+            yield f"names in ignore that are not stored: {shown(idle)}"
+
+
+def _fused_problems(packed: Sequence[Weight], dense: Sequence[str]) -> Iterator[str]:
+    """Layers that engines fuse, and the experts of a layer, must be stored alike."""
+    schemes = {w.module: w.decoder.scheme for w in packed if w.decoder is not None} | dict.fromkeys(dense, "dense")
+    fused = dict(units(schemes))
+    for module in schemes:
+        if match := EXPERT.match(module):
+            fused[match["bank"]] = (*fused.get(match["bank"], ()), module)
+    for key, members in fused.items():
+        found = {schemes[m]: m for m in reversed(members)}
+        if len(found) > 1:
+            listed = ", ".join(f"{module} is {scheme}" for scheme, module in found.items())
+            yield f"{key}: engines fuse its members, so all must be stored alike; {listed}"
 
 
 def _layout_problems(checkpoint: Checkpoint, config: Mapping[str, Any], packed: Sequence[Weight]) -> Iterator[str]:

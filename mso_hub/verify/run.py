@@ -14,7 +14,7 @@ import numpy as np
 
 from mso_hub.checkpoint import Array, parse_config
 from mso_hub.engine.threads import default_workers
-from mso_hub.errors import CheckpointError, PlanError
+from mso_hub.errors import CheckpointError, PlanError, VerifyError
 from mso_hub.events import Listener, TensorDone, ignore
 from mso_hub.formats.detect import module_of, quantization_configs
 from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
@@ -24,13 +24,17 @@ from mso_hub.plan.text import text_model
 from mso_hub.source import Source
 from mso_hub.verify.announced import announces_cache
 from mso_hub.verify.cache import cache_problems
-from mso_hub.verify.config import config_problems
+from mso_hub.verify.companions import companion_problems
+from mso_hub.verify.config import config_notes, config_problems
+from mso_hub.verify.incomplete import refusals
 from mso_hub.verify.manifest import check_manifest, is_ours, wrong_source
 from mso_hub.verify.opened import Opened, opening
+from mso_hub.verify.parallel import parallel_notes, parallel_problems
 from mso_hub.verify.reference import compare_reference
 from mso_hub.verify.report import Report, TensorError, alike
 from mso_hub.verify.rounding import can_count, count_strays
 from mso_hub.verify.scales import check_scales
+from mso_hub.verify.structure import structure_problems
 
 CHUNK = 8 << 20
 ROWS = 480
@@ -56,6 +60,8 @@ def verify_checkpoint(
     *,
     source: str | Path | Source | None = None,
     reference: str | Path | None = None,
+    tp: Sequence[int] = (),
+    ep: bool = False,
     on_event: Listener = ignore,
 ) -> Report:
     """Check a finished checkpoint.
@@ -63,29 +69,40 @@ def verify_checkpoint(
     source     where it came from: dequantized error per weight, equality of what was not to change
     reference  "modelopt" (recomputes every NVFP4 weight with ModelOpt; needs `source`) or a checkpoint to compare
                with byte by byte
-    Raises CheckpointError for headers that cannot be read at all, VerifyError for a reference that compares nothing;
-    everything else is in `Report.problems`.
+    tp         tensor-parallel sizes that it must fit; without any, a note says which of 1, 2, 4 and 8 it does
+    ep         numbered experts are shared out whole (expert parallelism)
+    Raises CheckpointError for headers that cannot be read at all, VerifyError for a reference that compares nothing
+    and for a size below 1; everything else is in `Report.problems`.
     """
+    if wrong := [size for size in tp if size < 1]:
+        raise VerifyError(f"tp: a tensor-parallel size is 1 or more, got {wrong[0]}")
     with ExitStack() as stack:
         mine = stack.enter_context(opening(where, on_event, damaged=True))
         theirs = like(stack.enter_context(opening(source, on_event)), mine) if source is not None else None
-        return _verify(mine, theirs, reference, on_event)
+        return _verify(mine, theirs, reference, (tp, ep), on_event)
 
 
-def _verify(mine: Opened, theirs: Opened | None, reference: str | Path | None, on_event: Listener) -> Report:
-    weights = list(mine.weights.values())
+def _verify(
+    mine: Opened,
+    theirs: Opened | None,
+    reference: str | Path | None,
+    parallel: tuple[Sequence[int], bool],
+    on_event: Listener,
+) -> Report:
     problems, hashed = check_manifest(mine.source)
     problems += _index_problems(mine)
     problems += _file_problems(mine)
-    problems += alike(mine.refused)
-    problems += config_problems(mine.checkpoint, weights, mine.runtime_scales, mine.refused)
-    shared, scale_problems = check_scales(mine)
-    problems += [*scale_problems, *cache_problems(mine)]
+    shared, found = _own_problems(mine)
+    problems += found
+    weights = list(mine.weights.values())
+    tp, ep = parallel
+    problems += parallel_problems(mine.checkpoint.config, weights, tp, ep=ep)
+    notes = tuple(config_notes(mine.checkpoint, weights))
+    notes += () if tp else tuple(parallel_notes(mine.checkpoint.config, weights))
     identical = 0
     errors: list[TensorError] = []
     far: list[str] = []
     equal: dict[str, int] = {}
-    notes: tuple[str, ...] = ()
     with ThreadPoolExecutor(default_workers()) as pool:
         if theirs is not None:
             far += _missing(mine, theirs)
@@ -103,11 +120,23 @@ def _verify(mine: Opened, theirs: Opened | None, reference: str | Path | None, o
             compared = compare_reference(mine, theirs, reference, pool)
             equal = {str(reference): compared.equal}
             problems += compared.problems
-            notes = compared.notes
+            notes += compared.notes
     return Report(
         mine.source.name, tuple(problems), sum(len(s.tensors) for s in mine.checkpoint.shards.values()),
         sum(w.decoder is not None for w in weights), hashed, shared, identical, tuple(errors), equal, notes,
     )  # fmt: skip
+
+
+def _own_problems(mine: Opened) -> tuple[int, list[str]]:
+    """(fused units of NVFP4, sentences about what the config, the names, the shapes and the scales say together)."""
+    weights = list(mine.weights.values())
+    problems = [*alike(refusals(mine))]
+    problems += config_problems(mine.checkpoint, weights, mine.runtime_scales, mine.refused)
+    problems += structure_problems(mine)
+    for config in quantization_configs(mine.checkpoint.config)[:1]:
+        problems += companion_problems(config, mine)
+    shared, scale_problems = check_scales(mine)
+    return shared, [*problems, *scale_problems, *cache_problems(mine)]
 
 
 def _index_problems(mine: Opened) -> Iterator[str]:

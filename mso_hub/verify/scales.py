@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from mso_hub.checkpoint import DTYPE_BITS
+from mso_hub.errors import CheckpointError
 from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import FLOAT_DTYPES, NUMPY, Weight, read_rows
 from mso_hub.plan.fusion import unit_of, units
+from mso_hub.plan.select import EXPERT
+from mso_hub.verify.companions import INPUT_SCALES
+from mso_hub.verify.lost import lost_scales
 from mso_hub.verify.opened import Opened
 from mso_hub.verify.report import alike
 
 CHUNK = 8 << 20
+EXPERT_INPUTS = 1e-5
+"""Difference of activation scales that vLLM 0.32 lets pass, fused_moe/routed_experts.py."""
 
 
 def global_scale(mine: Opened, weight: Weight) -> float:
@@ -23,8 +29,12 @@ def global_scale(mine: Opened, weight: Weight) -> float:
 
 
 def check_scales(mine: Opened) -> tuple[int, list[str]]:
-    """Global and activation scales finite, positive, equal within every fused unit; block scales without NaN."""
-    packed = {n.removesuffix(".weight"): w for n, w in mine.weights.items() if isinstance(w.decoder, Nvfp4Decoder)}
+    """(fused units of NVFP4, problems): scales finite, positive, equal where engines keep one, and none lost.
+
+    Of FP8 per tensor vLLM takes the largest scale of a fused unit, and requantizes to it, so that members may differ;
+    only compressed-tensors' experts refuse different activation scales.
+    """
+    packed = {w.module: w for w in mine.weights.values() if isinstance(w.decoder, Nvfp4Decoder)}
     scales = {module: global_scale(mine, weight) for module, weight in packed.items()}
     inputs = _input_scales(mine)
     problems = [
@@ -40,25 +50,39 @@ def check_scales(mine: Opened) -> tuple[int, list[str]]:
     for key, members in shared.items():
         for kind, values in (("global", scales), ("activation", inputs)):
             if len({values[m] for m in members if m in values}) > 1:
-                listed = ", ".join(f"{m.rpartition('.')[2]} {values[m]:.6g}" for m in members if m in values)
+                listed = ", ".join(f"{m} {values[m]:.6g}" for m in members if m in values)
                 problems.append(f"{key}: engines keep one {kind} scale for all members, found {listed}")
-    return len(shared), problems + list(_lonely(packed))
+    return len(shared), problems + list(_expert_inputs(mine, inputs)) + list(_lonely([*packed, *mine.refused]))
+
+
+def _expert_inputs(mine: Opened, inputs: Mapping[str, float]) -> Iterator[str]:
+    """Activation scales of an expert's gate and up in FP8: vLLM's compressed-tensors loader wants them within 1e-5."""
+    fp8 = [w.module for w in mine.weights.values() if w.decoder is not None and w.decoder.scheme == "fp8"]
+    layout = {w.module: w.decoder.layout for w in mine.weights.values() if w.decoder is not None}
+    experts = (m for m in fp8 if m in inputs and EXPERT.match(m) and layout[m] == "compressed-tensors")
+    for key, members in units(experts).items():
+        values = [inputs[m] for m in members]
+        if max(values) - min(values) > EXPERT_INPUTS:
+            listed = ", ".join(f"{m} {inputs[m]:.6g}" for m in members)
+            yield f"{key}: vLLM refuses experts whose members have different activation scales, found {listed}"
 
 
 def _block_scales(mine: Opened, weight: Weight) -> Iterator[str]:
-    """A sentence where a scale of a weight is NaN, infinite or negative."""
+    """A sentence where a scale of a weight is NaN, infinite or negative, or zero over codes that are not."""
     from mso_hub.formats.numerics.floats import widen
 
-    info = weight.parts["scale"]
+    info, zero = weight.parts["scale"], False
     item = max(1, DTYPE_BITS[info.dtype] // 8)
     for begin in range(info.begin, info.end, CHUNK):
         bits = mine.source.read(info.file, begin, min(begin + CHUNK, info.end))
-        if info.dtype == "F8_E4M3" and np.any((bits & 0x7F) == 0x7F):
-            yield f"{weight.module}: a block scale is NaN"
-            return
-        if info.dtype == "F8_E4M3" and np.any(bits > 0x80):
-            yield f"{weight.module}: a block scale is negative"
-            return
+        if info.dtype == "F8_E4M3":
+            if np.any((bits & 0x7F) == 0x7F):
+                yield f"{weight.module}: a block scale is NaN"
+                return
+            if np.any(bits > 0x80):
+                yield f"{weight.module}: a block scale is negative"
+                return
+            zero |= bool(np.any((bits & 0x7F) == 0))
         if info.dtype in ("U8", "F8_E8M0") and np.any(bits == 0xFF):
             yield f"{weight.module}: a block scale is NaN"
             return
@@ -70,6 +94,19 @@ def _block_scales(mine: Opened, weight: Weight) -> Iterator[str]:
             if np.any(scale < 0):
                 yield f"{weight.module}: a scale is negative"
                 return
+            zero |= bool(np.any(scale == 0))
+    if not zero:
+        return
+    try:
+        lost = lost_scales(mine.source.read, weight)
+    except CheckpointError as damage:  # a global scale that decodes to nothing: this weight's finding, not the end
+        yield str(damage)
+        return
+    if lost:
+        yield (
+            f"{weight.module}: {lost:,} scales are zero over codes that are not, so the numbers are lost; "
+            "the checkpoint is damaged"
+        )
 
 
 def _too_narrow(mine: Opened, weight: Weight) -> str:
@@ -88,12 +125,15 @@ def _too_narrow(mine: Opened, weight: Weight) -> str:
 
 def _input_scales(mine: Opened) -> dict[str, float]:
     """Module -> stored activation scale, in the layout's own direction."""
+    from mso_hub.formats.numerics.floats import widen
+
     infos = {info.name: info for shard in mine.checkpoint.shards.values() for info in shard.tensors}
     found = {}
     for name in mine.runtime_scales:
         module, _, suffix = name.rpartition(".")
-        if suffix in ("input_scale", "input_global_scale") and infos[name].dtype == "F32" and infos[name].nbytes == 4:
-            found[module] = float(read_rows(mine.source.read, infos[name]).reshape(-1)[0])
+        info = infos[name]
+        if suffix in INPUT_SCALES and info.dtype in FLOAT_DTYPES and math.prod(info.shape) == 1:
+            found[module] = float(widen(read_rows(mine.source.read, info).reshape(-1), info.dtype)[0])
     return found
 
 

@@ -287,3 +287,14 @@ def test_a_cache_is_announced_when_it_is_asked_for(layout: str, kv_cache: bool) 
     else:
         file = json.loads(plan.files["hf_quant_config.json"])["quantization"]
         assert file["kv_cache_quant_algo"] == ("FP8" if kv_cache else None)
+
+
+@pytest.mark.parametrize("others", [(), (Rule(Scheme("nvfp4"), ("Linear",)),)], ids=["alone", "as the rest"])
+def test_a_quantized_output_head_is_named(others: tuple[Rule, ...]) -> None:
+    """vLLM's head is of a class of its own: `Linear` does not mean it, a pattern with any prefix does."""
+    plan = plan_of(Rule(Scheme("nvfp4"), ("lm_head",), default_ignore=False), *others)
+    said = json.loads(plan.files["config.json"])["quantization_config"]
+    (group,) = said["config_groups"].values()
+    assert group["targets"] == ["Linear", r"re:(.*\.)?lm_head$"]
+    assert "lm_head" not in said["ignore"]
+    assert is_match("language_model.lm_head", torch.nn.Embedding(1, 1), group["targets"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from mso_hub.errors import PlanError
 from mso_hub.pipeline import make_plan
 from mso_hub.plan import Plan, Recipe
-from mso_hub.plan.config import carried_files, check_substrings
+from mso_hub.plan.config import carried_files, substring_problem
 from mso_hub.source import MemorySource
 from tests.helpers import checkpoint_files, random_tensor
 
@@ -182,13 +182,17 @@ def test_a_substring_of_a_quantized_module_is_refused_for_modelopt() -> None:
     with pytest.raises(PlanError, match=rf"{L}\.mlp\.gate: .* part of '{L}\.mlp\.gate_proj', which is quantized; use"):
         plan_of(tensors, layout="modelopt")
     assert f"{L}.mlp.gate" in ignored(plan_of(tensors))
+    told = plan_of(tensors, layout="modelopt", unloadable=True)
+    assert told.notes[0].startswith(f"vLLM does not load this: {L}.mlp.gate: stays unquantized, but vLLM's ModelOpt")
 
 
 def test_a_substring_of_a_fused_name_is_refused_for_modelopt() -> None:
     """The engine asks for `gate_up_proj`; what covers that name covers quantized weights."""
-    with pytest.raises(PlanError, match=r"mlp\.gate_up: stays"):
-        check_substrings(["x.mlp.gate_up"], ["x.mlp.gate_proj", "x.mlp.up_proj"])
-    check_substrings(["x.mlp.gate", "lm_head"], ["x.mlp.experts.0.gate_proj", "x.mlp.experts.0.up_proj"])
+    problem = substring_problem(["x.mlp.gate_up"], ["x.mlp.gate_proj", "x.mlp.up_proj"])
+    assert problem is not None
+    assert problem.startswith("x.mlp.gate_up: stays unquantized")
+    experts = ["x.mlp.experts.0.gate_proj", "x.mlp.experts.0.up_proj"]
+    assert substring_problem(["x.mlp.gate", "lm_head"], experts) is None
 
 
 # --- the rest of config.json ----------------------------------------------------------------------

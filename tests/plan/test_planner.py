@@ -493,12 +493,14 @@ def test_another_rule_is_another_job(change: dict[str, Any]) -> None:
 
 
 def test_the_scheme_and_the_text_part_are_in_the_job_too() -> None:
-    """Decoding and text_only need another source to make sense; with them, no field of Recipe is left out above."""
+    """Decoding and text_only need another source to make sense; with these, no field of Recipe is left out above."""
     _, packed = write(checkpoint_files({"m.safetensors": mlp()}, CONFIG))
     assert plan_of(packed, scheme="bf16").job != plan_of(packed).job
     files = checkpoint_files({"m.safetensors": vlm_text()}, VLM)
     assert plan_of(files, text_only=True).job != plan_of(files).job
-    tried = {name for recipe, change in CHANGES for name in {**recipe, **change}} | {"text_only"}
+    llama = checkpoint_files({"m.safetensors": mlp()}, CONFIG)
+    assert plan_of(llama, unloadable=True).job != plan_of(llama).job
+    tried = {name for recipe, change in CHANGES for name in {**recipe, **change}} | {"text_only", "unloadable"}
     assert tried == {field.name for field in fields(Recipe)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -241,6 +242,38 @@ def test_experts_that_no_engine_loads_in_a_layout_are_refused(weights: list[Weig
     assert choose([*attention(), *weights], *rules).problems == ()
 
 
+@pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt", "deepseek"])
+def test_a_head_that_vllm_does_not_load_is_refused(layout: str) -> None:
+    """Per block: the rows of its scales are no words of the vocabulary."""
+    head = [dense("lm_head.weight", 256, 128)]
+    rule = Rule(Scheme("fp8_block"), ("lm_head",), default_ignore=False)
+    (problem,) = choose(head, rule, layout=layout).problems
+    where = " in the layout compressed-tensors" if layout == "deepseek" else ""
+    assert problem == (
+        f"lm_head: vLLM loads no output head as fp8_block; use fp8_dynamic for it{where}; or add it to `ignore`"
+    )
+    assert choose(head, replace(rule, scheme=FP8)).problems == ()
+
+
+UNLOADABLE: dict[str, tuple[Rule, str]] = {
+    "experts": (Rule(Scheme("fp8_dynamic"), mode="all-linear"), f"{BANK}: no engine loads fp8_dynamic experts"),
+    "no activation scales": (
+        Rule(Scheme("fp8"), mode="all-linear"),
+        "fp8 in the layout 'modelopt' needs an activation",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rule", "sentence"), UNLOADABLE.values(), ids=UNLOADABLE)
+def test_what_vllm_does_not_load_is_a_sentence_where_it_is_wanted_all_the_same(rule: Rule, sentence: str) -> None:
+    """Once for all modules that it is true of, and no problem."""
+    found = choose([*attention(), *SEPARATE], rule, layout="modelopt", unloadable=True)
+    assert found.problems == ()
+    (said,) = found.barred
+    assert said.startswith(sentence)
+    assert choose([*attention(), *SEPARATE], rule).barred == ()
+
+
 def test_blocks_of_128_rows_must_not_cross_a_border_inside_a_fused_parameter() -> None:
     """Engines concatenate the scales of q, k and v: a border inside a block would shift the rest."""
     weights = [
@@ -252,6 +285,14 @@ def test_blocks_of_128_rows_must_not_cross_a_border_inside_a_fused_parameter() -
     )
     assert "got [256, 64, 64]; use fp8_dynamic" in problem
     assert choose(weights[:2], Rule(Scheme("fp8_block"), ("Linear",))).problems == ()
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_the_last_of_a_fused_parameter_is_the_engines_last_whatever_the_order_in_the_file(step: int) -> None:
+    """DeepSeek-V3's 576 rows of kv_a_proj_with_mqa come behind q_a_proj, and files in alphabetical order say else."""
+    rows = {"q_a_proj": 256, "kv_a_proj_with_mqa": 576}
+    weights = [dense(f"{L}.0.self_attn.{name}.weight", count, 128) for name, count in rows.items()][::step]
+    assert choose(weights, Rule(Scheme("fp8_block"), ("Linear",))).problems == ()
 
 
 def test_every_rules_shapes_are_checked_by_its_own_format() -> None:
