@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,12 +112,10 @@ def gap(variant: Variant) -> float:
 
 def mean_difference(ours: Outputs, theirs: Outputs) -> float:
     """Mean distance of the log-likelihoods of the prompts' tokens, in nats."""
-    pairs = [
-        (a, b)
-        for one, other in zip(ours, theirs, strict=True)
-        for a, b in zip(one["prompt_logprobs"], other["prompt_logprobs"], strict=True)
-    ]
-    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+    found: list[float] = []
+    for one, other in zip(ours, theirs, strict=True):
+        found += [abs(a - b) for a, b in zip(one["prompt_logprobs"], other["prompt_logprobs"], strict=True)]
+    return sum(found) / len(found)
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -162,13 +161,14 @@ def main() -> None:
         for model in ARCHITECTURES:
             dense(model, root / "tiny" / model)
             dense_headers(model, root / "wide" / model)
-        print(f"| variant | {' | '.join(MODELS)} |\n|---|{'---|' * len(MODELS)}")
+        sys.stdout.write(f"| variant | {' | '.join(MODELS)} |\n|---|{'---|' * len(MODELS)}\n")
         for variant in rows:
             cells = []
             for model in MODELS:
                 quick()
                 cells.append(_cell(model, variant, root, references))
-            print(f"| {variant.name} | {' | '.join(cells)} |", flush=True)
+            sys.stdout.write(f"| {variant.name} | {' | '.join(cells)} |\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
