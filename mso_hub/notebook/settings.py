@@ -1,0 +1,109 @@
+"""The words of Job -> Recipe, HubTarget, engine: those of Recipe, of open_sink, and of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mso_hub.engine import ThreadEngine
+from mso_hub.engine.threads import MEMORY
+from mso_hub.errors import RecipeError
+from mso_hub.formats import DENSE
+from mso_hub.hub import is_address, parse_address
+from mso_hub.plan import Recipe
+from mso_hub.plan.recipe_file import read_recipe
+from mso_hub.sink import HubTarget
+
+TUPLES = ("targets", "ignore", "imported_ignore", "skip_layers", "rules")
+RECIPE = tuple(f.name for f in fields(Recipe))
+OUTPUT = ("fresh", "private", "branch", "create_pr", "journal_branch", "base_model")
+WISH = ("private", "branch", "create_pr", "journal_branch")
+"""Fields of HubTarget that are asked for."""
+ENGINE = ("workers", "memory", "device")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that a Job was told besides its two ends.
+
+    recipe  a Recipe, a file or the name of a preset; None: `said` alone makes it
+    said    fields of Recipe
+    """
+
+    recipe: Recipe | str | Path | None = None
+    said: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False
+    private: bool = False
+    branch: str | None = None
+    create_pr: bool = False
+    journal_branch: str | None = None
+    base_model: str | None = None
+    workers: int | None = None
+    memory: int = MEMORY
+    device: str = "cpu"
+
+    def build(self) -> Recipe:
+        """The recipe; RecipeError where its words contradict each other or a file cannot be read."""
+        if isinstance(self.recipe, Recipe):
+            return self.recipe
+        return Recipe(**self.said) if self.recipe is None else read_recipe(self.recipe, **self.said)
+
+    def engine(self) -> ThreadEngine:
+        """Threads and memory."""
+        return ThreadEngine(self.workers, self.memory, self.device)
+
+    def require_place(self, dst: str) -> None:
+        """RecipeError for a folder with options of a repo."""
+        idle = next((name for name in (*WISH, "base_model") if getattr(self, name)), None)
+        if idle is not None and not is_address(dst):
+            raise RecipeError(
+                f"{idle}: is for a repo on the Hub, {dst} is a folder; write hf://org/name, or leave it out"
+            )
+
+    def target(self, src: str, dst: str, recipe: Recipe) -> HubTarget | None:
+        """How to write to a repo; None for a folder."""
+        if not is_address(dst):
+            return None
+        wish = {name: getattr(self, name) for name in WISH}
+        origin = parse_address(src) if is_address(src) else None
+        name = origin.repo_id if origin else Path(src).resolve().name
+        return HubTarget(
+            **wish,
+            description=(
+                f"Converted from {origin or 'a folder'} by mso_hub {version('mso-hub')}, tensor by tensor. README.md "
+                "says what changed, with sizes and errors; mso_hub.json has the settings and the SHA-256 of every file."
+            ),
+            title=f"{(recipe.label or DENSE).upper()} of {name}, made with mso_hub",
+        )
+
+
+def read_settings(scheme: str | None, recipe: Recipe | str | Path | None, words: Mapping[str, Any]) -> Settings:
+    """The keywords of Job -> Settings; RecipeError for a word that means nothing, and for two recipes."""
+    known = (*RECIPE, *OUTPUT, *ENGINE)
+    for word in words:
+        if word not in known:
+            near = get_close_matches(word, known, n=1)
+            way_out = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+            raise RecipeError(f"{word}: Job has no such setting; {way_out}")
+    said = {name: _tuple(name, value) for name, value in words.items() if name in RECIPE}
+    if scheme is not None:
+        said["scheme"] = scheme
+    if recipe is not None and scheme is not None:
+        raise RecipeError(f"recipe {recipe!r} and scheme {scheme!r} contradict each other; keep one")
+    if isinstance(recipe, Recipe) and said:
+        raise RecipeError(f"recipe is a Recipe and says {', '.join(said)} itself; change it there")
+    rest = {name: value for name, value in words.items() if name not in RECIPE}
+    settings = Settings(recipe, said, **rest)
+    if settings.recipe is None:
+        settings.build()  # a wrong word is refused where it was typed
+    return settings
+
+
+def _tuple(name: str, value: Any) -> Any:
+    if name not in TUPLES:
+        return value
+    return (value,) if isinstance(value, str | int) else tuple(value)
