@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from matrix import GAPS, MODELS, TOKENS, References, answers, gap, mean_difference
-from models import WEIGHTS, converted
+from matrix import GAPS, MODELS, TOKENS, References, answers, gap, mean_difference, proofs, sentences
+from models import WEIGHTS, converted, planned
 from mso_hub import Recipe
 from variants import VARIANTS, Variant, first_of_each_family, refusal
 
@@ -69,6 +70,16 @@ def test_it_answers_like_the_decompressed_checkpoint(
 def test_four_bit_floats_without_quantized_activations_are_held_to_equality(model: str, name: str) -> None:
     variant = next(variant for of, variant in GRID if of == model and variant.name == name)
     assert gap(variant) == 0
+
+
+def test_a_proof_of_shapes_leaves_nothing_that_a_model_with_data_gets(tiny: Folders, tmp_path: Path) -> None:
+    """vLLM shares rotary embeddings among the models of a process."""
+    before, _ = answers("llama", tiny("llama"))
+    variant = VARIANTS[0]
+    hook = sys.excepthook
+    assert sentences(proofs("llama", variant, planned(tiny("llama"), variant.recipe, tmp_path / "planned"))) == []
+    assert sys.excepthook is hook
+    assert answers("llama", tiny("llama"))[0] == before
 
 
 def test_scales_that_are_wrong_cost_more_than_any_format_may(

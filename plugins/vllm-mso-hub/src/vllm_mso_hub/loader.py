@@ -20,7 +20,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ class CheckedLoader(_DefaultModelLoader):  # type: ignore[misc]
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """vLLM's iterator over the checkpoint, each tensor known to the tracker before it is handed out."""
         tensors = super().get_all_weights(model_config, model)
-        return tensors if self._tracker is None else self._tracker.follow(tensors)
+        return tensors if self._tracker is None else self._tracker.follow(_unwatched(tensors, self._tracker))
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """vLLM's own, then IncompleteModelError unless every parameter was written as it is stored."""
@@ -99,6 +99,20 @@ class CheckedLoader(_DefaultModelLoader):  # type: ignore[misc]
         _log.warning("%s", text)
 
 
+def _unwatched(tensors: Iterator[tuple[str, Tensor]], tracker: Tracker) -> Iterator[tuple[str, Tensor]]:
+    """The same pairs, read while the tracker is off: reading a file is half of all operations, and none of its."""
+    done = object()
+    while True:
+        tracker.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            pair = next(tensors, done)
+        finally:
+            tracker.__enter__()  # type: ignore[no-untyped-call]
+        if pair is done:
+            return
+        yield cast("tuple[str, Tensor]", pair)
+
+
 def findings(model: nn.Module, tracker: Tracker) -> list[Finding]:
     """What a tracker saw go wrong with a model's parameters; those that a checkpoint may leave out are passed over."""
     found = []
@@ -110,13 +124,16 @@ def findings(model: nn.Module, tracker: Tracker) -> list[Finding]:
             counts = f"{written:,} of {parameter.numel():,} elements written"
             message = f"{name} {list(parameter.shape)}: {counts}, by {sources}"
             found.append(Finding("partial" if written else "missing", name, message))
-    for of in sorted(tracker.broadcasts, key=lambda of: of.tensor):
-        message = f"{of.tensor} {list(of.stored)} is repeated to fill {list(of.filled)} of {of.parameter}"
-        found.append(Finding("broadcast", of.parameter, message))
-    for cast in sorted(tracker.casts, key=lambda cast: cast.tensor):
-        if not cast.tensor.endswith(_BOOKKEEPING):
-            message = f"{cast.tensor} is stored as {cast.stored} and converted to the {cast.wanted} of {cast.parameter}"
-            found.append(Finding("cast", cast.parameter, message.replace("torch.", "")))
+    for repeat in sorted(tracker.broadcasts, key=lambda repeat: repeat.tensor):
+        message = (
+            f"{repeat.tensor} {list(repeat.stored)} is repeated to fill {list(repeat.filled)} of {repeat.parameter}"
+        )
+        found.append(Finding("broadcast", repeat.parameter, message))
+    for change in sorted(tracker.casts, key=lambda change: change.tensor):
+        if not change.tensor.endswith(_BOOKKEEPING):
+            to = f"{change.wanted} of {change.parameter}"
+            message = f"{change.tensor} is stored as {change.stored} and converted to the {to}".replace("torch.", "")
+            found.append(Finding("cast", change.parameter, message))
     return found
 
 

@@ -31,8 +31,11 @@ def meta_model(config: Any) -> Any:
     initialize = private("vllm.model_executor.model_loader.utils", "initialize_model")
     default_dtype = private("vllm.utils.torch_utils", "set_default_torch_dtype")
     config.device_config.device = torch.device("meta")  # where vLLM's wrapper of transformers models puts parameters
-    with default_dtype(config.model_config.dtype), torch.device("meta"), _ZeroValues():
-        return initialize(vllm_config=config)
+    try:
+        with default_dtype(config.model_config.dtype), torch.device("meta"), _ZeroValues():
+            return initialize(vllm_config=config)
+    finally:  # vLLM shares these among models, and a model with data must not get one without
+        private("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT").clear()
 
 
 class _ZeroValues(TorchFunctionMode):

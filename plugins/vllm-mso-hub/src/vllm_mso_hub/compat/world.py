@@ -39,6 +39,7 @@ def fake_world(config: Any, rank: int) -> Iterator[None]:
 
     parallel = config.parallel_config
     size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    hook = sys.excepthook  # init_process_group wraps it: every line of a traceback would name every rank so far
     dist.new_group = fake_group
     vars(state).update(init_model_parallel_group=plain_group, _node_count=lambda _group: 1)
     try:
@@ -54,6 +55,7 @@ def fake_world(config: Any, rank: int) -> Iterator[None]:
             yield
     finally:
         dist.new_group = new_group
+        sys.excepthook = hook
         vars(state).update(init_model_parallel_group=init_group, _node_count=node_count)
         private(_STATE, "destroy_model_parallel")()
         private(_STATE, "destroy_distributed_environment")()

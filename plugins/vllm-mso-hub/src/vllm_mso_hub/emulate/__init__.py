@@ -16,8 +16,12 @@ product. What vLLM computes itself on the CPU that it runs on stays vLLM's:
     W4A16                               vLLM for multiples of 32        vLLM with AMX and symmetric, else emulated
     W8A16                               emulated                        emulated
 
-The product of a report's `kernels` says which it was. Weight-only formats give the very numbers of the checkpoint that
-`mso-hub decompress` writes, except W4A16 where vLLM computes it (with AMX it quantizes activations to INT8).
+The `kernels` of a report (`vllm_mso_hub.generate`) say which it was. Weight-only formats give the very numbers of the
+checkpoint that `mso-hub decompress` writes, except W4A16 where vLLM computes it: in another order, and with AMX on
+activations in INT8.
+
+Whether MXFP4 and MXFP8 quantize activations follows the recipe. vLLM's own choice follows the GPU: its schemes for
+these two are W4A4 and W8A8 by name, and weight-only wherever it takes a Marlin kernel.
 """
 
 from __future__ import annotations

@@ -148,26 +148,6 @@ class _Fp8Blocks(_Dense):
         raise NotImplementedError
 
 
-class _Fp8(_Dense):
-    """FP8 with one scale a tensor or a row, which vLLM hands over transposed."""
-
-    def dequantize(self, layer: Any) -> Tensor:
-        weight = layer.weight.t()
-        scale = layer.weight_scale.reshape(-1, 1)
-        size = (weight.shape[0] // len(scale), weight.shape[1])
-        return weights.cells(weight, scale, size, torch.get_default_dtype())
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        super().process_weights_after_loading(layer)
-        key = self.config.activation_quant_key.scale
-        dynamic = activations.fp8_token if key.group_shape.is_per_token() else activations.fp8_tensor
-        self.quantizer = activations.fp8_static(layer.input_scale) if key.static else dynamic
-
-    def apply_scaled_mm(self, **_: Any) -> Tensor:
-        """Never called: apply_weights multiplies."""
-        raise NotImplementedError
-
-
 class _Int8(_Dense):
     """INT8 with one scale a row or a part of a fused layer, activations with a scale a token."""
 
@@ -203,7 +183,6 @@ def kernels() -> dict[str, type]:
         "mxfp4": kernel("EmulatedMxFp4Kernel", _Mxfp4, "MxFp4LinearKernel"),
         "mxfp8": kernel("EmulatedMxFp8Kernel", _Mxfp8, "Mxfp8LinearKernel"),
         "mp": kernel("EmulatedIntegersKernel", _Integers, "MPLinearKernel"),
-        "fp8": kernel("EmulatedFp8Kernel", _Fp8, "FP8ScaledMMLinearKernel"),
         LATENT: kernel("EmulatedInt8Kernel", _Int8, "Int8ScaledMMLinearKernel"),
         "fp8_block": kernel(
             "EmulatedFp8BlockKernel",
