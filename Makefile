@@ -29,7 +29,9 @@ help:  ## show this list
 demo: $(CORE)  ## quantize a small model from repo to repo, check it and bring it back
 	$(BIN)/mso-hub demo
 
-test: lint types pytest plugin oldest  ## everything a change must pass
+# Two suites at a time, each on one core; what one of them printed appears when it ends.
+test: lint types  ## everything a change must pass
+	$(MAKE) --no-print-directory -j2 --output-sync=target pytest plugin oldest
 
 lint: $(DEV)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_kernels_are_chosen_again_after_an_error() -> None:
 def test_a_module_imported_inside_gets_the_real_function_back() -> None:
     import types
 
-    late = types.ModuleType("vllm.late_for_a_test")
+    late: Any = types.ModuleType("vllm.late_for_a_test")
     sys.modules[late.__name__] = late
     try:
         with no_kernels():

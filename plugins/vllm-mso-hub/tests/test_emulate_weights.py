@@ -30,11 +30,9 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 @given(seed=st.integers(0, 2**31), number=st.floats(2.0**-40, 2.0**20, width=32))
 def test_nvfp4_in_both_layouts(dtype: torch.dtype, seed: int, number: float) -> None:
     packed, scale = _bytes(seed, ROWS, COLUMNS // 2), _bytes(seed + 1, ROWS, COLUMNS // 16, high=127)
-    scale, number = scale.view(torch.float8_e4m3fn), torch.tensor(number)
-    assert _same(weights.nvfp4(packed, scale, number, dtype), nvfp4.decode(packed, scale, number, dtype))
-    assert _same(
-        weights.nvfp4_divided(packed, scale, number, dtype), nvfp4.decode_divided(packed, scale, number, dtype)
-    )
+    scale, whole = scale.view(torch.float8_e4m3fn), torch.tensor(number)
+    assert _same(weights.nvfp4(packed, scale, whole, dtype), nvfp4.decode(packed, scale, whole, dtype))
+    assert _same(weights.nvfp4_divided(packed, scale, whole, dtype), nvfp4.decode_divided(packed, scale, whole, dtype))
 
 
 def test_a_divisor_is_not_its_rounded_reciprocal() -> None:

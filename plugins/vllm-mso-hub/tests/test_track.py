@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_mso_hub.regions import Regions
-from vllm_mso_hub.track import Tracker
+from vllm_mso_hub.track import Reads, Tracker
 
 
 @st.composite
@@ -34,7 +34,7 @@ def _views(draw: st.DrawFn) -> tuple[torch.Tensor, list[torch.Tensor]]:
                 case "select":
                     view = view.select(dim, start)
                 case "split" if view.is_contiguous() and size % 2 == 0:
-                    view = view.unflatten(dim, (2, size // 2))
+                    view = view.reshape(*view.shape[:dim], 2, size // 2, *view.shape[dim + 1 :])
                 case "step":
                     view = view[(slice(None),) * dim + (slice(start, None, 2),)]
         views.append(view)
@@ -48,7 +48,7 @@ def test_the_union_of_views_is_counted_element_by_element(case: tuple[torch.Tens
     regions = Regions(base.numel() * 4)
     for view in views:
         view.fill_(1)
-        regions.add(view.storage_offset() * 4, view.shape, view.stride(), 4)
+        regions.add(int(view.storage_offset()) * 4, view.shape, view.stride(), 4)
     assert regions.count() == int(base.sum()) * 4
 
 
@@ -82,7 +82,7 @@ def test_what_a_rank_reads_and_writes_is_counted(device: torch.device) -> None:
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_two_ranks_that_read_the_same_columns_read_them_once(device: torch.device) -> None:
-    reads = {}
+    reads: Reads = {}
     for columns in [(0, 4), (2, 4)]:
         tracker = Tracker(reads)
         parameter = torch.empty(4, 4, device=device)
