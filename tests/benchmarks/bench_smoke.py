@@ -3,8 +3,8 @@
     MSO_VLLM_PYTHON=.venv-vllm/bin/python python -m tests.benchmarks.bench_smoke
 
 The headers are those that the planner makes of a BF16 model in NVFP4 (W4A4, every linear layer); their data is a hole
-in each file. Seconds and memory are of the whole command: mso-hub, and vLLM's Python under it. Exits with an error
-where a bound is broken or the proof finds anything.
+in each file. Seconds are of the whole command, mso-hub and vLLM's Python under it, memory is that of its largest
+process. Exits with an error where a bound is broken or the proof finds anything.
 """
 
 from __future__ import annotations

@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from matrix import GAPS, MODELS, TOKENS, References, answers, gap, mean_difference, proofs, sentences
-from models import WEIGHTS, converted, planned
+from matrix import GAPS, MODELS, TOKENS, References, answers, gap, mean_difference
+from models import WEIGHTS, converted
 from mso_hub import Recipe
 from variants import VARIANTS, Variant, first_of_each_family, refusal
+from vllm_mso_hub.job import Job
+from vllm_mso_hub.shapes import prove
 
 Folders = Callable[[str], Path]
 
@@ -72,12 +74,11 @@ def test_four_bit_floats_without_quantized_activations_are_held_to_equality(mode
     assert gap(variant) == 0
 
 
-def test_a_proof_of_shapes_leaves_nothing_that_a_model_with_data_gets(tiny: Folders, tmp_path: Path) -> None:
+def test_a_proof_of_shapes_leaves_nothing_that_a_model_with_data_gets(tiny: Folders) -> None:
     """vLLM shares rotary embeddings among the models of a process."""
     before, _ = answers("llama", tiny("llama"))
-    variant = VARIANTS[0]
     hook = sys.excepthook
-    assert sentences(proofs("llama", variant, planned(tiny("llama"), variant.recipe, tmp_path / "planned"))) == []
+    assert prove(Job.of_folder(tiny("llama"), tp=(1, 2))).ok
     assert sys.excepthook is hook
     assert answers("llama", tiny("llama"))[0] == before
 

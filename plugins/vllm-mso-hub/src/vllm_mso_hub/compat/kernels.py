@@ -80,16 +80,20 @@ def no_kernels() -> Iterator[None]:
     methods = {name: getattr(manager, name) for name in ("__init__", "update")}
     moe_config = private("vllm.model_executor.layers.fused_moe.config", "FusedMoEConfig")
     checked = moe_config.__post_init__
+    platform = private("vllm.platforms.cpu", "CpuPlatform")
+    attention = vars(platform)["get_attn_backend_cls"]
     in_subprocess = registry._run_in_subprocess  # noqa: SLF001 - fetched above
     _rebind(originals, stubs)
     for name, method in methods.items():
         setattr(manager, name, _on_cpu(method))
     moe_config.__post_init__ = _on_any_platform(checked)
+    platform.get_attn_backend_cls = classmethod(_with_any_cache(attention.__func__))
     registry._run_in_subprocess = _in_this_process  # noqa: SLF001
     try:
         yield
     finally:
         moe_config.__post_init__ = checked
+        platform.get_attn_backend_cls = attention
         registry._run_in_subprocess = in_subprocess  # noqa: SLF001
         for name, method in methods.items():
             setattr(manager, name, method)
@@ -148,6 +152,15 @@ def _on_any_platform(check: Callable[[Any], None]) -> Callable[[Any], None]:
         except NotImplementedError as error:
             if "is_act_and_mul" not in str(error):
                 raise
+
+    return call
+
+
+def _with_any_cache(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """A CPU has no FP8 cache for latent attention; which GPUs have one is no question of what loads."""
+
+    def call(cls: Any, selected: Any, attn_selector_config: Any, **kwargs: Any) -> Any:
+        return choose(cls, selected, attn_selector_config=attn_selector_config._replace(kv_cache_dtype=None), **kwargs)
 
     return call
 
