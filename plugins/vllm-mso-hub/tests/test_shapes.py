@@ -245,3 +245,27 @@ def test_a_head_that_is_the_embedding_may_be_stored_or_not(folders: Folders, tmp
 def test_the_same_process_proves_the_same_twice(folders: Folders) -> None:
     job = edited(Job.of_folder(folders("moe"), tp=(2,)), without(EXPERT + r"up_proj\.weight_scale"))
     assert found(prove(job)) == found(prove(job)) != []
+
+
+def test_sparse_attention_is_proven_although_a_cpu_has_none(tmp_path: Path) -> None:
+    """DeepSeek-V3.2: the indexer's tensors are loaded like all others, and one that lacks is named."""
+    source = dense_headers("deepseek_v3", tmp_path / "in", WIDE)
+    config = json.loads((source / "config.json").read_text())
+    sparse = {"index_topk": 64, "index_n_heads": 8, "index_head_dim": 128}
+    config |= {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", **sparse}
+    (source / "config.json").write_text(json.dumps(config))
+    shapes = {
+        "wq_b.weight": ("BF16", (8 * 128, config["q_lora_rank"])), "wk.weight": ("BF16", (128, config["hidden_size"])),
+        "weights_proj.weight": ("BF16", (8, config["hidden_size"])),
+        "k_norm.weight": ("F32", (128,)), "k_norm.bias": ("F32", (128,)),
+    }  # fmt: skip
+    indexers = [
+        Header(f"model.layers.{layer}.self_attn.indexer.{name}", dtype, shape, "more.safetensors")
+        for layer in range(config["num_hidden_layers"])
+        for name, (dtype, shape) in shapes.items()
+    ]
+    job = Job.of_folder(source, tp=(1, 2))
+    job = replace(job, tensors=(*job.tensors, *indexers))
+    assert found(prove(job)) == []
+    lost = LAYER + "self_attn.indexer.wq_b.weight"
+    assert {problem.tensor for problem in prove(edited(job, without(re.escape(lost)))).problems} == {lost}

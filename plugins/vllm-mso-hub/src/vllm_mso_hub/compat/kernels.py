@@ -87,7 +87,7 @@ def no_kernels() -> Iterator[None]:
     for name, method in methods.items():
         setattr(manager, name, _on_cpu(method))
     moe_config.__post_init__ = _on_any_platform(checked)
-    platform.get_attn_backend_cls = classmethod(_with_any_cache(attention.__func__))
+    platform.get_attn_backend_cls = classmethod(_of_any_kind(attention.__func__))
     registry._run_in_subprocess = _in_this_process  # noqa: SLF001
     try:
         yield
@@ -156,11 +156,12 @@ def _on_any_platform(check: Callable[[Any], None]) -> Callable[[Any], None]:
     return call
 
 
-def _with_any_cache(choose: Callable[..., Any]) -> Callable[..., Any]:
-    """A CPU has no FP8 cache for latent attention; which GPUs have one is no question of what loads."""
+def _of_any_kind(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """A CPU has no FP8 cache for latent attention and no sparse one; which GPUs have is no question of what loads."""
 
     def call(cls: Any, selected: Any, attn_selector_config: Any, **kwargs: Any) -> Any:
-        return choose(cls, selected, attn_selector_config=attn_selector_config._replace(kv_cache_dtype=None), **kwargs)
+        plain = attn_selector_config._replace(kv_cache_dtype=None, use_sparse=False)
+        return choose(cls, selected, attn_selector_config=plain, **kwargs)
 
     return call
 
