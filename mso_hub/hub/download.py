@@ -148,7 +148,8 @@ class Download:
         for _ in self._threads:
             self._parts.put(None)
         for thread in self._threads:
-            thread.join(1.0)
+            if thread.is_alive():  # an interrupt may have come before its start
+                thread.join(1.0)
         self._wire.close()
 
 

@@ -143,7 +143,8 @@ class Fetcher:
         """Stop, and let the threads end; those that hang in a request are given `wait` seconds."""
         self.stop()
         for thread in self._threads:
-            thread.join(wait)
+            if thread.is_alive():  # an interrupt may have come before its start
+                thread.join(wait)
 
     def _claim(self, place: Range) -> Slot | None:
         """A use of a range; jobs that are next in line are planned when it may be one of theirs."""
