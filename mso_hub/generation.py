@@ -6,22 +6,22 @@ compute with the same numbers, so tokens and likelihoods must agree; quantized a
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mso_hub.errors import RecipeError, SmokeError
+from mso_hub.checkpoint import parse_config
+from mso_hub.errors import CheckpointError, RecipeError, SmokeError
 from mso_hub.formats.decoders.base import shape_reader
 from mso_hub.formats.detect import quantization_configs, read_weights
 from mso_hub.hub import is_address
 from mso_hub.pipeline import convert
 from mso_hub.plan import Recipe
-from mso_hub.smoke.child import run_job
+from mso_hub.smoke.child import ended_by_signals, run_job
 from mso_hub.smoke.python import python_of_vllm
 from mso_hub.smoke.strict import VERSION, entries, load, number, text, texts, typed, whole_numbers
 from mso_hub.source import Source, open_source, read_checkpoint
@@ -77,7 +77,8 @@ class Pair:
 class GenerationReport:
     """Does a checkpoint generate what its numbers say?
 
-    device       "cpu", or the name of a GPU; `emulated` says whether kernels were replaced, `kernels` which ones ran
+    device       "cpu", or the name of a GPU
+    emulated     may kernels that vLLM lacks on a CPU be replaced? `kernels` are those that ran
     weight_only  are activations left as they are, so that both must agree?
     dense        was nothing quantized, so that the checkpoint is its own reference?
     problems     one sentence each
@@ -151,8 +152,9 @@ def compare_generation(
             f"max_tokens and tp must be at least 1 and max_nll_gap at least 0, got {max_tokens}, {tp}, {max_nll_gap}"
         )
     interpreter = python_of_vllm(python)
-    with closing(open_source(folder)) as source, tempfile.TemporaryDirectory(prefix="mso-generate-") as place:
+    with closing(open_source(folder)) as source, _scratch() as place:
         config, dense = _inspect(source)
+        _check_heads(config, tp)
         asked = _prompts(source, config, prompts)
         job = {
             "version": VERSION, "prompts": asked, "max_tokens": max_tokens, "tp": tp, "emulate": True,
@@ -210,9 +212,13 @@ def _inspect(source: Source) -> tuple[Mapping[str, Any], bool]:
     config = dict(checkpoint.config)
     if not quantization_configs(config) and "hf_quant_config.json" in checkpoint.files:
         size = checkpoint.files["hf_quant_config.json"]
-        config["quantization_config"] = json.loads(source.read("hf_quant_config.json", 0, size).tobytes())[
-            "quantization"
-        ]
+        said = parse_config(source.read("hf_quant_config.json", 0, size).tobytes(), "hf_quant_config.json")
+        if not isinstance(said.get("quantization"), dict):
+            raise CheckpointError(
+                "hf_quant_config.json: needs an object `quantization`, it has none; restore it, or remove the file "
+                "where nothing is quantized"
+            )
+        config["quantization_config"] = said["quantization"]
     return config, dense
 
 
@@ -222,6 +228,21 @@ def _part(config: Mapping[str, Any], key: str) -> int | None:
         if isinstance(part, Mapping) and type(part.get(key)) is int:
             return int(part[key])
     return None
+
+
+def _check_heads(config: Mapping[str, Any], tp: int) -> None:
+    """RecipeError where the processes cannot share the attention heads."""
+    heads = _part(config, "num_attention_heads")
+    if heads is not None and heads % tp:
+        fit = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+        raise RecipeError(f"tp: {heads} attention heads cannot be shared out among {tp} processes; {fit} would fit")
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder for the weights in BF16, which goes whatever ends the run."""
+    with ended_by_signals(), tempfile.TemporaryDirectory(prefix="mso-generate-") as place:
+        yield place
 
 
 def _context(config: Mapping[str, Any], prompts: Sequence[Any], max_tokens: int) -> int:
@@ -297,7 +318,7 @@ def _problems(at: int, pair: Pair, exact: bool, most: float) -> list[str]:
 
 def generation_text(report: GenerationReport) -> str:
     """What `mso-hub smoke --generate` prints."""
-    how = "emulated kernels" if report.emulated else "vLLM's own kernels"
+    how = "kernels (emulated where vLLM has none)" if report.emulated else "vLLM's own kernels"
     kernels = f": {', '.join(report.kernels)}" if report.kernels else ""
     against = "dense, it is its own reference" if report.dense else (
         "only weights are quantized: must equal them in BF16" if report.weight_only

@@ -50,11 +50,17 @@ def smoke(source: str, json: bool, generate: bool, **options: Any) -> None:
 
     SOURCE is a folder or hf://org/name@revision. Headers are enough: no weight is read or downloaded.
     """
+    if options["real_tp"] is not None and options["real_tp"] < 1:
+        raise RecipeError(f"--real_tp: needs at least 1 process, got {options['real_tp']}")
     others = ("tp", "ep", "pp", "layers", "trust_remote_code") if generate else GENERATION_ONLY
-    if idle := [name for name in others if options[name]]:
+    if idle := [name for name in others if options[name] not in (None, False, ())]:
         way = f"leave it out with --generate{'; --real_tp is its size' * (idle[0] == 'tp')}" if generate else "add it"
         raise RecipeError(f"--{idle[0]}: is for {'the proof of shapes' if generate else '--generate'}; {way}")
-    report, text = (_generation if generate else _shapes)(source, options)
+    try:
+        report, text = (_generation if generate else _shapes)(source, options)
+    except KeyboardInterrupt:
+        click.echo("mso-hub: stopped; nothing is kept of a proof", err=True)
+        sys.exit(130)
     emit(report.as_dict() if json else text)
     if not report.ok:
         sys.exit(2)
@@ -64,8 +70,13 @@ def _generation(source: str, options: dict[str, Any]) -> tuple[GenerationReport,
     from mso_hub.generation import compare_generation, generation_text
 
     said = {name: options[name] for name in ("max_tokens", "max_nll_gap") if options[name] is not None}
+    processes = 1 if options["real_tp"] is None else options["real_tp"]
     report = compare_generation(
-        source, prompts=options["prompt"], tp=options["real_tp"] or 1, python=options["vllm_python"], **said
+        source,
+        prompts=options["prompt"],
+        tp=processes,
+        python=options["vllm_python"],
+        **said,
     )
     return report, generation_text(report)
 

@@ -113,7 +113,7 @@ class Served:
                 for verdict in self.verdicts
             ],
             "tensor_parallel": [
-                {**asdict(rank), "tokens": rank.tokens, "fits": rank.fits(None)} for rank in self.ranks
+                {**asdict(rank), "tokens": rank.tokens, "fits": rank.fits(self.context)} for rank in self.ranks
             ],
             "kv_cache": self.cache_dtype,
             "context": self.context,
@@ -145,7 +145,13 @@ def serve_check(
         for found in formats_of(weights, quantization_configs(config))
     )
     ranks = tuple(_rank(weights, others, config, gpu, size) for size in sizes_of(tp))
-    asked = context or whole(setting(config, "max_position_embeddings"))
+    longest = whole(setting(config, "max_position_embeddings"))
+    if context and longest and context > longest:
+        raise RecipeError(
+            f"max_model_len: at most {longest:,}, max_position_embeddings of config.json, got {context:,}; vLLM "
+            "refuses more unless rope scaling in config.json extends it"
+        )
+    asked = context or longest
     chosen = None if any(v.refused for v in verdicts) else _choose(ranks, gpu, asked, given=context is not None)
     name = str(path) if origin is None and path is not None else checkpoint.name
     line = "" if chosen is None else command(name, origin, checkpoint, chosen, asked, given=context is not None)

@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import subprocess
+import threading
+import time
 from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ NO_MEMORY = ("MemoryError", "can't allocate memory", "OutOfMemoryError", "std::b
 """What programs say that ran out of memory."""
 _GRACE = 5
 """Seconds between asking a process to end and ending it."""
+_LEFT = 2
+"""Seconds that its own children have after it: Python's resource tracker unlinks shared memory then."""
 
 
 def run_job(python: Path, verb: str, job: Mapping[str, Any], folder: Path) -> bytes:
@@ -31,12 +35,12 @@ def run_job(python: Path, verb: str, job: Mapping[str, Any], folder: Path) -> by
     There is no time limit. Ctrl-C ends the process and all that it started. Raises SmokeError with the last lines of
     what the process said where it does not end with a report.
     """
-    env = environment()
+    env = {**environment(), "HF_MODULES_CACHE": str(folder / "modules")}
     require_vllm(python, folder, env)
     wanted, report, said = folder / "job.json", folder / "report.json", folder / "said.txt"
     wanted.write_text(json.dumps(job), encoding="utf-8")
     command = [str(python), "-m", PACKAGE, verb, str(wanted), str(report)]
-    with said.open("wb") as out:
+    with said.open("wb") as out, ended_by_signals():
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=env,
             start_new_session=True,
@@ -50,16 +54,40 @@ def run_job(python: Path, verb: str, job: Mapping[str, Any], folder: Path) -> by
     return report.read_bytes()
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP become SystemExit, so that processes and folders of ours go too; only on the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process that still runs, and whatever it left behind."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
+        try:
             process.wait(_GRACE)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+        except subprocess.TimeoutExpired:
+            process.kill()
     process.wait()
+    end = time.monotonic() + _LEFT
+    with suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < end:  # what it started may still be putting its things away
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _refusal(code: int, said: Path) -> str:

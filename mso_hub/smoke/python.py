@@ -14,6 +14,7 @@ from mso_hub.errors import SmokeError
 from mso_hub.smoke.place import plugin_sources
 
 VARIABLE = "MSO_VLLM_PYTHON"
+TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_API_TOKEN"})
 OLDEST = (3, 10)
 GET_IT = f"`mso-hub setup-vllm` makes an environment with it; name its Python with --vllm-python PATH or in {VARIABLE}"
 _PROBE = """
@@ -43,10 +44,15 @@ def python_of_vllm(given: str | Path | None = None) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Of a Python that runs the plugin: its sources come first, and nothing is asked of the Hub."""
+    """Of a Python that runs the plugin: its sources come first, and nothing is asked of the Hub.
+
+    Tokens are left out: with --trust_remote_code the code of a checkpoint runs there.
+    """
     paths = [str(plugin_sources()), *filter(None, [os.environ.get("PYTHONPATH")])]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", **offline}
+    offline |= {"HF_TOKEN_PATH": os.devnull, "HF_STORED_TOKENS_PATH": os.devnull}
+    ours = {name: value for name, value in os.environ.items() if name not in TOKENS}
+    return {**ours, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", **offline}
 
 
 def require_vllm(python: Path, folder: Path, env: Mapping[str, str]) -> None:
@@ -64,9 +70,10 @@ def require_vllm(python: Path, folder: Path, env: Mapping[str, str]) -> None:
         raise SmokeError(f"{python}: must be a Python that has vLLM, it does not run: {error}; {GET_IT}") from error
     try:
         version, has_vllm = json.loads(done.stdout)
-        version = tuple(version)
+        version = tuple(map(int, version))
     except (ValueError, TypeError) as error:
-        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["nothing"]
+        ended = f"nothing and ended with {done.returncode}"
+        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or [ended]
         raise SmokeError(
             f"{python}: must be a Python that has vLLM, asked for its version it said {said[0]!r:.200}; {GET_IT}"
         ) from error

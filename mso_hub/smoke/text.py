@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from mso_hub.plan.summary import size
 from mso_hub.smoke.report import Problem, ShapeReport, World
+
+_NUMBER = re.compile(r"[0-9][0-9,]*")
 
 
 def shape_text(report: ShapeReport) -> str:
@@ -17,7 +20,7 @@ def shape_text(report: ShapeReport) -> str:
     rows = [(world.label, _weight(world.rank_bytes), _verdict(world)) for world in report.worlds]
     label, weight = (max((len(row[at]) for row in rows), default=0) for at in (0, 1))
     lines = [f"{row[0]:<{label}}  {row[1]:<{weight}}  {row[2]}" for row in rows]
-    found = [line for world in report.worlds for problem in world.problems for line in _problem(world, problem)]
+    found = list(_problems(report))
     return "\n".join([head, *lines, *([""] if found else []), *found])
 
 
@@ -40,6 +43,20 @@ def _weight(rank_bytes: Sequence[int]) -> str:
         return ""
     low, high = size(min(rank_bytes)), size(max(rank_bytes))
     return f"{high} a rank" if low == high else f"{low} to {high} a rank"
+
+
+def _problems(report: ShapeReport) -> Iterator[str]:
+    """Every kind of problem once: of those that differ in numbers alone, the first, and how many are like it."""
+    alike: dict[tuple[str, str, str], list[tuple[World, Problem]]] = {}
+    for world in report.worlds:
+        for problem in world.problems:
+            key = (problem.kind, _NUMBER.sub("N", problem.tensor or problem.parameter), _NUMBER.sub("N", problem.found))
+            alike.setdefault(key, []).append((world, problem))
+    for group in alike.values():
+        yield from _problem(*group[0])
+        if len(group) > 1:
+            labels = ", ".join(dict.fromkeys(world.label for world, _ in group))
+            yield f"    and {len(group) - 1:,} more like it, of {labels} (all of them: --json)"
 
 
 def _problem(world: World, problem: Problem) -> Iterator[str]:

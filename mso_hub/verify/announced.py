@@ -67,6 +67,10 @@ def ignored_by(config: Mapping[str, Any]) -> Callable[[str], bool]:
     return lambda module: module in names or any(p.match(module) for p in patterns)
 
 
+PLAIN_HEADS = frozenset({"fp8", "gptq", "awq", "auto-round", "mxfp4"})
+"""Quantization methods that leave the output head alone unless their config has `lm_head: true`."""
+
+
 def model_type(config: Mapping[str, Any]) -> str:
     """The text model's `model_type` in config.json, "" where there is none."""
     nested = (config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict))
@@ -81,7 +85,7 @@ def never_packed(config: Mapping[str, Any], module: str, model_type: str) -> boo
     """
     if DEFAULT_IGNORE["embedding"].search(module) or ALWAYS_DENSE.search(module):
         return True
-    if config.get("quant_method") == "fp8" and HEAD.search(module):
+    if config.get("quant_method") in PLAIN_HEADS and HEAD.search(module) and not config.get("lm_head"):
         return True
     return ROUTER.search(module) is not None and model_type in PLAIN_ROUTERS
 

@@ -101,6 +101,11 @@ def test_a_context_that_is_asked_for_chooses_the_size(tmp_path: Path) -> None:
     assert not serve_check(model, find_gpu("RTX 4090"), tp=(1,), context=100_000).ok
 
 
+def test_a_context_beyond_the_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"at most 131,072, max_position_embeddings of config.json, got 131,073"):
+        serve_check(llama_8b(tmp_path / "m"), H100, tp=(1,), context=131_073)
+
+
 def test_a_model_that_is_too_large_gets_no_line(tmp_path: Path) -> None:
     result = command(llama_8b(tmp_path / "m"), "--gpu", "T4", "--tp", "1")
     assert result.exit_code == 2

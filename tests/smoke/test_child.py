@@ -113,6 +113,8 @@ def test_a_program_that_is_no_python(model: Path, tmp_path: Path) -> None:
     for script, said in (
         ("#!/bin/bash\necho hello", "asked for its version it said 'hello'"),
         ("#!/bin/bash\necho '[[3, 8], true]'", "must be Python 3.10 or later, is 3.8"),
+        ("#!/bin/bash\necho '[[\"abc\"], true]'", "asked for its version it said '[[\"abc\"], true]'"),
+        ("#!/bin/bash\nkill -SEGV $$", "it said 'nothing and ended with -11'"),
         ("#!/nowhere/bash\n", "it does not run"),
     ):
         path.write_text(script)
@@ -209,6 +211,18 @@ def test_the_job_is_what_the_plugin_reads(model: Path, program: Program, tmp_pat
     assert (tmp_path / "path").read_text().split(os.pathsep)[0].strip() == str(plugin_sources())
 
 
+def test_the_code_of_a_checkpoint_gets_no_token(
+    model: Path, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it kept: modules of a checkpoint are imported from the folder of the job."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    refusal(model, program(f"env > {tmp_path}/env; exit 1"))
+    said = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+    assert "hf_secret" not in said.values()
+    assert said["HF_TOKEN_PATH"] == os.devnull
+    assert Path(said["HF_MODULES_CACHE"]).is_relative_to(tmp_path / "tmp")
+
+
 def test_nothing_is_left_behind(model: Path, program: Program, tmp_path: Path) -> None:
     """No file, and no process that the program started."""
     refusal(model, program(f"sleep 60 & echo $! > {tmp_path}/pid; exit 1"))
@@ -216,17 +230,21 @@ def test_nothing_is_left_behind(model: Path, program: Program, tmp_path: Path) -
     assert ended(int((tmp_path / "pid").read_text()))
 
 
-def test_ctrl_c_ends_the_process(model: Path, program: Program, tmp_path: Path) -> None:
-    """And what it started."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_process(number: int, code: int, model: Path, program: Program, tmp_path: Path) -> None:
+    """And what it started, and the folder of its job: Ctrl-C, a time limit, a terminal that is closed."""
     path = program(f"echo $$ > {tmp_path}/pid; sleep 60")
     command = [sys.executable, "-m", "mso_hub.cli", "smoke", str(model), "--vllm-python", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "scratch").mkdir()
+    env = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
+    assert not list((tmp_path / "scratch").iterdir())
     assert "Traceback" not in said
     assert ended(int((tmp_path / "pid").read_text()))
 

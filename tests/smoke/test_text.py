@@ -39,6 +39,21 @@ def test_every_problem_has_its_tensor_ranks_and_sizes() -> None:
     ]
 
 
+def test_problems_that_differ_in_numbers_alone_are_told_once() -> None:
+    """A bad export repeats itself in every layer, and at every size."""
+    many = tuple(
+        Problem("missing", f"layers.{n}.up.weight_scale", "", (0,), "128 elements", "0", f"{n} is lost.")
+        for n in range(90)
+    )
+    worlds = tuple(World(tp=tp, pp=1, ep=False, seconds=1.0, rank_bytes=(1,), problems=many) for tp in (1, 2))
+    assert shape_text(report(worlds)).splitlines()[4:] == [
+        "PROBLEM tp 1, rank 0: layers.0.up.weight_scale",
+        "    expected 128 elements, found 0",
+        "    0 is lost.",
+        "    and 179 more like it, of tp 1, tp 2 (all of them: --json)",
+    ]
+
+
 def test_a_proof_without_problems_is_as_short_as_its_worlds() -> None:
     assert shape_text(report(WORLDS[:1])).splitlines()[1:] == ["tp 1  1.5 KB a rank  ok"]
     assert report(WORLDS[:1]).ok

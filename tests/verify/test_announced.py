@@ -16,6 +16,7 @@ from mso_hub.plan import Recipe
 from mso_hub.sink import MemorySink
 from mso_hub.source import MemorySource
 from mso_hub.verify import Report, verify_checkpoint
+from mso_hub.verify.announced import never_packed
 from tests.helpers import checkpoint_files, random_tensor, tensors_in
 
 Config = dict[str, Any]
@@ -147,3 +148,11 @@ def test_names_that_mean_nothing_are_noted() -> None:
     )
     assert report.problems == ()
     assert "names in ignore that are not stored: model.layers.7.mlp.gate, model.layers.0.mlp.nothing" in report.notes
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+def test_a_head_counts_as_dense_where_the_method_never_packs_it(method: str) -> None:
+    """The Hub is full of such checkpoints, and none of them has an ignore list."""
+    assert never_packed({"quant_method": method}, "lm_head", "llama")
+    assert not never_packed({"quant_method": method, "lm_head": True}, "lm_head", "llama")
+    assert not never_packed({"quant_method": method}, f"{PLAIN}.mlp.up_proj", "llama")

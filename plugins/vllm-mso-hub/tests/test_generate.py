@@ -52,6 +52,19 @@ def test_every_key_is_needed(key: str) -> None:
         check(job)
 
 
+def test_the_last_line_of_a_crash_is_its_error(tmp_path: Path) -> None:
+    """What is torn down after it may say more than a person wants to read."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text((TRAINED / "config.json").read_text())
+    (tmp_path / "job.json").write_text(json.dumps(_job(tmp_path / "model")))
+    paths = [str(tmp_path / name) for name in ("job.json", "report.json")]
+    command = [sys.executable, "-m", "vllm_mso_hub", "generate", *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert not (tmp_path / "report.json").exists()
+    assert "Cannot find any model weights" in done.stderr.splitlines()[-1]
+
+
 def test_a_report_holds_tokens_and_likelihoods() -> None:
     report = run(_job(TRAINED, prompts=["Return a list of the words in the string.", "def"], max_tokens=6))
     assert json.loads(json.dumps(report)) == report

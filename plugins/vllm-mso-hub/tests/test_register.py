@@ -59,6 +59,24 @@ def test_it_imports_nothing_heavy_and_knows_the_load_format_when_vllm_asks() -> 
     assert left == "0"
 
 
+FOUND_FIRST = """
+import importlib.util
+from vllm_mso_hub import register
+register()
+importlib.util.find_spec("vllm.model_executor.model_loader")
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import get_model_loader
+print(type(get_model_loader(LoadConfig(load_format="mso_checked"))))
+"""
+
+
+def test_whoever_only_looks_for_the_loaders_does_not_lose_the_load_format() -> None:
+    environment = {**os.environ, "VLLM_PLUGINS": "", vllm_mso_hub.EMULATE: "0"}
+    command = [sys.executable, "-c", FOUND_FIRST]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "<class 'vllm_mso_hub.loader.CheckedLoader'>"
+
+
 def test_it_is_vllms_entry_point() -> None:
     (hook,) = (hook for hook in entry_points(group="vllm.general_plugins") if hook.name == "mso_hub")
     assert hook.load() is register

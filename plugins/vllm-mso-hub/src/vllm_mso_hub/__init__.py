@@ -86,21 +86,29 @@ def _offer_loader() -> None:
 
 
 class _AfterLoaders(MetaPathFinder):
-    """Finds nothing itself; has the module of loaders followed by `_register_loader`."""
+    """Finds nothing itself; has the module of loaders followed by `_register_loader`, when it is really imported."""
+
+    def __init__(self) -> None:
+        self._asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The real spec of the module of loaders, None for all others."""
-        if fullname != _LOADERS:
+        if fullname != _LOADERS or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 _register_loader()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -1,13 +1,15 @@
 """`python -m vllm_mso_hub shapes|generate JOB.json REPORT.json`: one job, one report.
 
 Exit code 0 when a report was written, whatever it says; 2 for a call or a job that makes no sense. Everything else is
-a crash, and its traceback is on stderr.
+a crash: its traceback is on stderr, and then the error itself once more, as the last line.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,11 @@ def main(argv: list[str]) -> int:
     except JobError as error:
         sys.stderr.write(f"vllm_mso_hub: {error}\n")
         return 2
+    except Exception as error:  # noqa: BLE001 - told in full; what vLLM would say while it is torn down would bury it
+        traceback.print_exc()
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.flush()
+        os._exit(1)
     Path(report).write_text(json.dumps(answer))
     return 0
 
