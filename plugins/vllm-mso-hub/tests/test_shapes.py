@@ -16,6 +16,7 @@ import pytest
 
 from models import WIDE, dense_headers, planned
 from mso_hub import Recipe
+from vllm_mso_hub.compat import private
 from vllm_mso_hub.job import Header, Job, Problem, Report
 from vllm_mso_hub.shapes import prove
 
@@ -100,6 +101,14 @@ def test_pipeline_stages_and_expert_parallelism_load_as_well(
     report = prove(Job.of_folder(folders(name), tp=tp, pp=2, ep=ep))
     assert report.ok, report.problems
     assert [len(world.rank_bytes) for world in report.worlds] == [size * 2 for size in tp]
+
+
+def test_a_model_does_not_inherit_the_pipeline_stage_of_one_that_is_gone(folders: Folders) -> None:
+    """vLLM remembers by address which layers a stage lacks, and addresses come again."""
+    known = private("vllm.model_executor.models.utils", "_model_to_pp_missing_layer_names")
+    known[0] = ["model.embed_tokens"]
+    assert prove(Job.of_folder(folders("llama"), tp=(1,), pp=2)).ok
+    assert 0 not in known
 
 
 MISSING = [

@@ -30,6 +30,8 @@ def meta_model(config: Any) -> Any:
     """vLLM's model of a VllmConfig with parameters on the meta device; raises what create_weights raises."""
     initialize = private("vllm.model_executor.model_loader.utils", "initialize_model")
     default_dtype = private("vllm.utils.torch_utils", "set_default_torch_dtype")
+    # Keyed by the id of a model: one that is gone leaves the layers of its pipeline stage to whoever gets its address.
+    private("vllm.model_executor.models.utils", "_model_to_pp_missing_layer_names").clear()
     config.device_config.device = torch.device("meta")  # where vLLM's wrapper of transformers models puts parameters
     try:
         with default_dtype(config.model_config.dtype), torch.device("meta"), _ZeroValues():
