@@ -7,6 +7,7 @@
     8     demo        a small model -> there and back, every step shown
     7     legacy      the prototype's two entry points -> convert()
     7     display     plans and reports -> text
+    7     pausable    work that Ctrl-C, or another thread, stops at its next event
     7     progress    events -> a bar or JSON lines
     7     recard      finished repo -> its model card
     7     generation  a folder and its weights in BF16 -> tokens and likelihoods from vLLM, compared

@@ -72,6 +72,35 @@ class Published(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class CheckReady(Event):
+    """A verification begins: files of `hashed` bytes are hashed, then weights of `compared` bytes met with the source.
+
+    The TensorDone of a weight that was met tells its bytes in the source.
+    """
+
+    hashed: int
+    compared: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed(Event):
+    """So many more bytes of a file were hashed."""
+
+    file: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDone(Event):
+    """Decoder layer `index` (from 0) of `layers` has seen all `tokens` of the text, in `seconds`."""
+
+    index: int
+    layers: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting(Event):
     """The Hub is busy or gone: another try at `what` after `seconds`, because of `why`."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mso_hub.events import (
+    CheckReady,
     Committing,
     Event,
+    Hashed,
     Listener,
     PlanReady,
     Published,
@@ -24,8 +26,12 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
+LONG = 2
+"""Seconds after which a verification shows a bar."""
+
+
 class Bar:
-    """One bar over the source's bytes: amount, rate, time left, and how many shards are complete.
+    """One bar over the source's bytes, or over those that a verification reads: amount, rate, time left; shards.
 
     It appears with the plan, so that a refusal is a message and nothing else.
     """
@@ -38,15 +44,15 @@ class Bar:
     def __call__(self, event: Event) -> None:
         """Show an event."""
         if isinstance(event, PlanReady):
-            from tqdm import tqdm  # not needed by --help
-
-            self._bar = tqdm(total=event.read_bytes, unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True)
+            self._bar = _bar(event.read_bytes)
             self._shards = event.shards
+        elif isinstance(event, CheckReady):
+            self._bar = _bar(event.hashed + event.compared, delay=LONG, leave=False)
         if isinstance(event, Waiting):
             waiting(event)
         if self._bar is None:
             return
-        if isinstance(event, TensorDone):
+        if isinstance(event, TensorDone | Hashed):
             self._bar.update(event.nbytes)
         elif isinstance(event, ShardResumed | ShardDone):
             self._done += 1
@@ -65,6 +71,12 @@ class Bar:
         """End its line, so that what comes next starts on one of its own."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _bar(total: int, **how: Any) -> tqdm[NoReturn]:
+    from tqdm import tqdm  # not needed by --help
+
+    return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True, **how)
 
 
 def waiting(event: Event) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import gc
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from mso_hub.cli.options import (
     read_tp,
     several,
 )
+from mso_hub.cli.running import PAUSED, pausable
 from mso_hub.cli.smoke import prove_plan, require_proof, wants_proof
 from mso_hub.errors import MsoError, RecipeError, TransientError
 
@@ -75,7 +76,7 @@ class Program(click.Group):
             click.echo("mso-hub: out of memory; lower --workers or --memory_budget", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("mso-hub: paused; what is complete is kept, the same command goes on", err=True)
+            click.echo(f"mso-hub: {PAUSED}", err=True)
             ctx.exit(130)
 
 
@@ -87,34 +88,54 @@ def main() -> None:
 
 def execute(options: dict[str, Any], recipe: Recipe) -> None:
     """One conversion with progress and a closing line; `choice` among the options says how the recipe was made."""
-    from mso_hub.engine import ThreadEngine
     from mso_hub.hub import looks_like_repo
     from mso_hub.legacy import check_hardware
-    from mso_hub.pipeline import convert
-    from mso_hub.progress import Bar, listener
-    from mso_hub.sink import open_sink
+    from mso_hub.progress import listener
+    from mso_hub.smoke.child import ended_by_signals
 
     check_hardware(options["num_gpus"])
-    choice: Choice | None = options.get("choice")
-    engine = ThreadEngine(options["workers"], read_size(options["memory_budget"]), options["device"])
-    show: Listener = listener("none" if options["quiet"] else options["progress"])
-    target = hub_target(options, recipe)
-    fresh = options["fresh"] or not options["resume"]
     where = options["output_dir"]
     if looks_like_repo(where) and not Path(where).parent.exists() and not options["quiet"]:
         click.echo(f"writing to the folder {where}; for a repo on the Hub write hf://{where}", err=True)
-    try:
-        sink = open_sink(options["output_dir"], fresh=fresh, target=target, on_event=show)
-        plan = convert(
-            options["input_dir"], sink, recipe, engine=engine, base_model=options["base_model"],
-            report=options.get("report", ()), notes=choice.notes if choice else (),
-            check=partial(require_proof, options=options) if options.get("smoke") else None, on_event=show,
-        )  # fmt: skip
-    finally:
-        if isinstance(show, Bar):
-            show.close()
+    choice: Choice | None = options.get("choice")
+    notes = choice.notes if choice else ()
+    waits: list[Callable[[], None]] = []
+    show: Listener = listener("none" if options["quiet"] else options["progress"])
+    with ended_by_signals() if options.get("smoke") else nullcontext():
+        plan, sink = pausable(partial(_convert, options, recipe, notes, waits), show, partial(_cut, waits))
     if not options["quiet"] and options["progress"] == "bar":
-        click.echo(closing_lines(plan, sink, choice.notes if choice else ()))
+        click.echo(closing_lines(plan, sink, notes))
+
+
+def _convert(
+    options: dict[str, Any], recipe: Recipe, notes: Sequence[str], waits: list[Callable[[], None]], show: Listener
+) -> tuple[Plan, Sink]:
+    """On the thread that works; what ends its waits is handed out as soon as both ends are open."""
+    from mso_hub.engine import ThreadEngine
+    from mso_hub.pipeline import convert
+    from mso_hub.sink import open_sink
+    from mso_hub.source import open_source
+
+    engine = ThreadEngine(options["workers"], read_size(options["memory_budget"]), options["device"])
+    target = hub_target(options, recipe)
+    fresh = options["fresh"] or not options["resume"]
+    sink = open_sink(options["output_dir"], fresh=fresh, target=target, on_event=show)
+    with closing(open_source(options["input_dir"], on_event=show)) as source:
+        waits += [sink.abort, *([source.close] if source.distant else [])]
+        plan = convert(
+            source, sink, recipe, engine=engine, base_model=options["base_model"], report=options.get("report", ()),
+            notes=notes, check=partial(require_proof, options=options) if options.get("smoke") else None,
+            on_event=show,
+        )  # fmt: skip
+    return plan, sink
+
+
+def _cut(waits: Sequence[Callable[[], None]]) -> None:
+    """End what a conversion waits for."""
+    from mso_hub.smoke.child import end_processes
+
+    for end in (end_processes, *waits):
+        end()
 
 
 def closing_lines(plan: Plan, sink: Sink, shown: Sequence[str] = ()) -> str:
@@ -248,11 +269,14 @@ def verify(checkpoint: str, source: str | None, reference: str | None, tp: str |
     CHECKPOINT is a folder or hf://org/name@revision.
     """
     from mso_hub.display import report_text
-    from mso_hub.progress import waiting
+    from mso_hub.progress import Bar
     from mso_hub.verify import verify_checkpoint
 
     sizes = read_tp(tp)
-    report = verify_checkpoint(checkpoint, source=source, reference=reference, tp=sizes, on_event=waiting)
+    report = pausable(
+        lambda show: verify_checkpoint(checkpoint, source=source, reference=reference, tp=sizes, on_event=show),
+        Bar(), lost="verification",
+    )  # fmt: skip
     emit(report.as_dict() if json else report_text(report))
     if not report.ok:
         sys.exit(2)
@@ -268,10 +292,10 @@ def compare(first: str, second: str, json: bool) -> None:
     FIRST and SECOND are folders or hf://org/name@revision.
     """
     from mso_hub.display import comparison_text
-    from mso_hub.progress import waiting
+    from mso_hub.progress import Bar
     from mso_hub.verify import compare_checkpoints
 
-    comparison = compare_checkpoints(first, second, on_event=waiting)
+    comparison = pausable(lambda show: compare_checkpoints(first, second, on_event=show), Bar(), lost="comparison")
     emit(comparison.as_dict() if json else comparison_text(comparison))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mso_hub.cli.options import SCHEME, build_recipe, given, one_of, opt, read_size, several
+from mso_hub.cli.running import pausable
 from mso_hub.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -48,18 +49,17 @@ def choose(options: dict[str, Any], recipe: Recipe) -> Choice | None:
         return None
     from mso_hub.assess import choose_formats
     from mso_hub.engine import ThreadEngine
-    from mso_hub.progress import Bar, listener
+    from mso_hub.progress import listener
 
-    show = listener("bar" if options["progress"] == "bar" and not options["quiet"] else "none")
-    try:
-        choice = choose_formats(
+    choice = pausable(
+        lambda show: choose_formats(
             options["input_dir"], recipe, fallback=names(options["fallback"]), max_nmse=options["max_nmse"],
             target_bits=options["target_bits"], table=options["error_table"],
             engine=ThreadEngine(options["workers"], read_size(options["memory_budget"])), on_event=show,
-        )  # fmt: skip
-    finally:
-        if isinstance(show, Bar):
-            show.close()
+        ),
+        listener("bar" if options["progress"] == "bar" and not options["quiet"] else "none"),
+        lost="measurement",
+    )  # fmt: skip
     if not options["quiet"]:
         click.echo("\n".join([choice.summary, *shortened(choice.notes)]), err=True)
     return choice
@@ -85,18 +85,17 @@ def errors(source: str | None, input_dir: str | None, formats: str | None, outpu
     from mso_hub.assess import measure_errors
     from mso_hub.engine import ThreadEngine
     from mso_hub.losses import check_path, write_table
-    from mso_hub.progress import Bar, listener
+    from mso_hub.progress import listener
 
     where = one_of(source, input_dir)
     path = check_path(output) if output is not None else None
     recipe = build_recipe(options)
     engine = ThreadEngine(options["workers"], read_size(options["memory_budget"]))
-    show = listener(options["progress"])
-    try:
-        table = measure_errors(where, recipe, names(formats), engine=engine, on_event=show)
-    finally:
-        if isinstance(show, Bar):
-            show.close()
+    table = pausable(
+        lambda show: measure_errors(where, recipe, names(formats), engine=engine, on_event=show),
+        listener(options["progress"]),
+        lost="measurement",
+    )
     if path is not None:
         write_table(table, path)
     if options["progress"] != "json":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import closing
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -156,10 +155,10 @@ def emit(content: str | dict[str, Any]) -> None:
 def hub_target(options: dict[str, Any], recipe: Recipe) -> HubTarget | None:
     """Options of HUB -> HubTarget, None for a folder; RecipeError where a folder is given options of a repo."""
     from mso_hub.formats import DENSE
-    from mso_hub.hub import is_address, parse_address
-    from mso_hub.sink import HubTarget
+    from mso_hub.hub import is_address
+    from mso_hub.sink import HubTarget, converted
 
-    where, source = options["output_dir"], options["input_dir"]
+    where = options["output_dir"]
     if not is_address(where):
         for name in ("private", "branch", "create_pr", "journal_branch", "base_model"):
             if options[name]:
@@ -167,19 +166,11 @@ def hub_target(options: dict[str, Any], recipe: Recipe) -> HubTarget | None:
                     f"--{name}: is for a repo on the Hub, {where} is a folder; write hf://org/name, or leave it out"
                 )
         return None
-    origin = parse_address(source) if is_address(source) else None
-    name = origin.repo_id if origin else Path(source).resolve().name
+    title, description = converted(options["input_dir"], recipe.label or DENSE)
     return HubTarget(
-        private=options["private"],
-        branch=options["branch"],
-        create_pr=options["create_pr"],
-        journal_branch=options["journal_branch"],
-        description=(
-            f"Converted from {origin or 'a folder'} by mso_hub {version('mso-hub')}, tensor by tensor. README.md says "
-            "what changed, with sizes and errors; mso_hub.json has the settings and the SHA-256 of every file."
-        ),
-        title=f"{(recipe.label or DENSE).upper()} of {name}, made with mso_hub",
-    )
+        private=options["private"], branch=options["branch"], create_pr=options["create_pr"],
+        journal_branch=options["journal_branch"], title=title, description=description,
+    )  # fmt: skip
 
 
 def read_size(text: str, name: str = "memory_budget") -> int:

@@ -5,7 +5,6 @@
     panes.py     what a cell shows, twice: HTML and complete text of 80 columns
     plan.py      Plan -> its pane; estimate.py what a run will take, measured on a few MB
     report.py    Report -> its pane; heat.py errors by layer and projection, plot.py the same as a picture
-    apart.py     the thread that works while a cell waits: an interrupt is a pause, wherever it strikes
     track.py     events -> what is going on; views.py show it while it goes on
     panel.py     the widgets that press the buttons of a Job
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mso_hub.errors import MsoError, RecipeError, VerifyError
-from mso_hub.events import Event, Listener
+from mso_hub.events import Listener
 from mso_hub.formats import DENSE
 from mso_hub.formats.detect import quantization_configs
 from mso_hub.hub import Client, is_address, parse_address
-from mso_hub.notebook.apart import Apart
 from mso_hub.notebook.estimate import Estimate, measure
 from mso_hub.notebook.panes import COLUMNS, Command, Heading, Line, Link, Pane, Part, bundle, clean, pane_text, wrap
 from mso_hub.notebook.plan import PlanView, duration, plan_parts, view_of
@@ -29,6 +28,7 @@ from mso_hub.notebook.report import ReportView, view_report
 from mso_hub.notebook.settings import read_settings
 from mso_hub.notebook.track import Checking, Track
 from mso_hub.notebook.views import View, Watch, check_kind, open_view, show
+from mso_hub.pausable import Pausable
 from mso_hub.pipeline import convert, make_plan
 from mso_hub.plan import Plan, Recipe
 from mso_hub.plan.summary import size
@@ -40,10 +40,6 @@ if TYPE_CHECKING:
     from mso_hub.serving import Served
 
 PAUSED = "paused: what is complete is kept; run the cell again to go on"
-
-
-class Pause(KeyboardInterrupt):
-    """What Job.pause raises in the thread that runs, in place of Ctrl-C."""
 
 
 class Job:
@@ -77,11 +73,9 @@ class Job:
         self._estimate: Estimate | None = None
         self._report: ReportView | None = None
         self._address = ""
-        self._turn, self._stop = threading.Lock(), threading.Event()
+        self._turn = threading.Lock()
         self._ends: tuple[Source, Sink] | None = None
-        self._track: Track | None = None
-        self._work: Apart[Plan] | None = None
-        self._runner = 0
+        self._work: Pausable[Plan] | None = None
 
     # --- what it will do ------------------------------------------------------------------------------
 
@@ -153,15 +147,10 @@ class Job:
                 if self._work is not None and self._work.alive:
                     raise RecipeError(f"{self.dst}: the pause has not come to its end yet; try again in a moment")
                 self.paused = False
-                self._stop.clear()
                 self._run(view)
             except KeyboardInterrupt:
                 self.paused = True
                 self.pause()
-            except MsoError:
-                if not self._stop.is_set():
-                    raise
-                self.paused = True  # pause() cut the connections that the run was waiting for
             finally:
                 self._turn.release()
         if self.paused and view is None:
@@ -169,9 +158,11 @@ class Job:
 
     def pause(self) -> None:
         """Stop a run, from any thread; a commit that has begun is not stopped."""
-        if self._track is not None and self._track.committing:
-            return
-        self._stop.set()
+        if self._work is not None:
+            self._work.stop()
+
+    def _cut(self) -> None:
+        """End every wait for the network."""
         ends = self._ends
         if ends is not None:
             source, sink = ends
@@ -181,35 +172,26 @@ class Job:
 
     def _run(self, view: View | None) -> None:
         plan, settings = self.plan, self._settings
-        track = self._track = Track(plan, "upload" if is_address(self.dst) else "write")
-        listen = self._listener(track)
+        track = Track(plan, "upload" if is_address(self.dst) else "write")
+        work: Pausable[Plan] = Pausable(track, self._cut)
+        self._work = work
         sink = open_sink(
             self.dst, fresh=settings.fresh, target=settings.target(self.src, self.dst, self.recipe),
-            client=self._client, on_event=listen,
+            client=self._client, on_event=work.listen,
         )  # fmt: skip
         with Watch(track, view or open_view(self.progress)):
-            self._work = Apart(partial(self._convert, plan, sink, listen), "mso-job")
             try:
-                done = self._finished(self._work)
+                done = work.run(partial(self._convert, plan, sink, work.listen))
             except BaseException as error:
-                track.end("paused" if isinstance(error, KeyboardInterrupt) or self._stop.is_set() else "stopped")
+                track.end("paused" if isinstance(error, KeyboardInterrupt) else "stopped")
                 raise
         self._plan, self._report = view_of(done), None
         self.where, self._address = sink.where, sink.address
         if view is None:
             show(Pane(self._outcome(track, written=not sink.finished)))
 
-    def _finished(self, work: Apart[Plan]) -> Plan:
-        """What it made; an interrupt asks it to stop, and waits until it has."""
-        try:
-            return work.wait()
-        except KeyboardInterrupt:
-            self.pause()
-            return work.wait()
-
     def _convert(self, plan: Plan, sink: Sink, listen: Listener) -> Plan:
         """On the thread that does the work."""
-        self._runner = threading.get_ident()
         with self._heard(listen), closing(self._source(listen)) as source:
             self._ends = source, sink
             try:
@@ -219,17 +201,6 @@ class Job:
                 )  # fmt: skip
             finally:
                 self._ends = None
-
-    def _listener(self, track: Track) -> Listener:
-        """Keeps track; raises in the thread that works, and in no other, once somebody asked for a pause."""
-
-        def listen(event: Event) -> None:
-            """Take note, or stop."""
-            track(event)
-            if self._stop.is_set() and threading.get_ident() == self._runner and not track.committing:
-                raise Pause(PAUSED)
-
-        return listen
 
     @contextmanager
     def _heard(self, listen: Listener) -> Iterator[None]:
@@ -286,7 +257,7 @@ class Job:
         """As `report`; `view` is where progress is shown."""
         with one_sentence():
             if self._report is None:
-                checking = Checking(self.plan.read_bytes)
+                checking = Checking()
                 with closing(self._output()) as output, closing(self._source()) as source:
                     with Watch(checking, view or open_view(self.progress)):
                         found = verify_checkpoint(output, source=source, on_event=checking)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from mso_hub.engine import ThreadEngine
 from mso_hub.engine.threads import MEMORY
 from mso_hub.errors import RecipeError
 from mso_hub.formats import DENSE
-from mso_hub.hub import is_address, parse_address
+from mso_hub.hub import is_address
 from mso_hub.plan import Recipe
 from mso_hub.plan.recipe_file import read_recipe
-from mso_hub.sink import HubTarget
+from mso_hub.sink import HubTarget, converted
 
 TUPLES = ("targets", "ignore", "imported_ignore", "skip_layers", "rules")
 RECIPE = tuple(f.name for f in fields(Recipe))
@@ -69,16 +68,8 @@ class Settings:
         if not is_address(dst):
             return None
         wish = {name: getattr(self, name) for name in WISH}
-        origin = parse_address(src) if is_address(src) else None
-        name = origin.repo_id if origin else Path(src).resolve().name
-        return HubTarget(
-            **wish,
-            description=(
-                f"Converted from {origin or 'a folder'} by mso_hub {version('mso-hub')}, tensor by tensor. README.md "
-                "says what changed, with sizes and errors; mso_hub.json has the settings and the SHA-256 of every file."
-            ),
-            title=f"{(recipe.label or DENSE).upper()} of {name}, made with mso_hub",
-        )
+        title, description = converted(src, recipe.label or DENSE)
+        return HubTarget(**wish, title=title, description=description)
 
 
 def read_settings(scheme: str | None, recipe: Recipe | str | Path | None, words: Mapping[str, Any]) -> Settings:

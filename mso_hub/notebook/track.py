@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mso_hub.events import (
+    CheckReady,
     Committing,
     Event,
+    Hashed,
     Moved,
     PlanReady,
     Published,
@@ -116,11 +118,6 @@ class Track:
         if self._state == "encoding" and self._kept + self._encoded >= self._read_total:
             self._state = "finalizing: all is encoded, files are being completed"
 
-    @property
-    def committing(self) -> bool:
-        """Is it too late to stop?"""
-        return self._state.startswith(("committing", "done"))
-
     def end(self, state: str) -> None:
         """Say how it ended."""
         with self._lock:
@@ -147,16 +144,22 @@ class Track:
 
 
 class Checking:
-    """Listener of a verification: weights compared with the source."""
+    """Listener of a verification: files hashed, weights compared with the source."""
 
-    def __init__(self, nbytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._done, self._clock, self._began = nbytes, 0, clock, clock()
-        self._state = "reading headers and checking hashes"
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._began = clock, clock()
+        self._ready = CheckReady(0, 0)
+        self._hashed = self._compared = 0
+        self._state = "reading headers"
 
     def __call__(self, event: Event) -> None:
         """Take note of an event."""
-        if isinstance(event, TensorDone):
-            self._done += event.nbytes
+        if isinstance(event, CheckReady):
+            self._ready, self._state = event, "checking hashes"
+        elif isinstance(event, Hashed):
+            self._hashed += event.nbytes
+        elif isinstance(event, TensorDone):
+            self._compared += event.nbytes
             self._state = "comparing weights with the source"
 
     def end(self, state: str) -> None:
@@ -165,7 +168,9 @@ class Checking:
 
     def snapshot(self) -> Snapshot:
         """How far it is."""
-        spent = self._clock() - self._began
-        rate = self._done / spent if spent > 0 else 0.0
-        left = (self._total - self._done) / rate if rate > 0 else None
-        return Snapshot((Progress("check", self._done, self._total),), self._state, spent, rate, left, resident())
+        ready, spent = self._ready, self._clock() - self._began
+        rate = (self._hashed + self._compared) / spent if spent > 0 else 0.0
+        left = (ready.hashed + ready.compared - self._hashed - self._compared) / rate if rate > 0 else None
+        bars = [Progress("hash", self._hashed, ready.hashed)] if ready.hashed else []
+        bars.append(Progress("check", self._compared, ready.compared))
+        return Snapshot(tuple(bars), self._state, spent, rate, left, resident())

@@ -14,9 +14,9 @@ from mso_hub.hub import Client, Origin, RemoteFile, is_address, parse_address
 from mso_hub.sink.journal import Entry
 from mso_hub.sink.local import LocalSink
 from mso_hub.sink.memory import MemorySink
-from mso_hub.sink.target import EMPTY, HubTarget
+from mso_hub.sink.target import EMPTY, HubTarget, converted
 
-__all__ = ["Entry", "HubTarget", "LocalSink", "MemorySink", "ShardWriter", "Sink", "open_sink"]
+__all__ = ["Entry", "HubTarget", "LocalSink", "MemorySink", "ShardWriter", "Sink", "converted", "open_sink"]
 
 
 class ShardWriter(Protocol):
@@ -94,7 +94,10 @@ class Sink(Protocol):
         """
 
     def abort(self) -> None:
-        """The run ends early: give up what is on its way to another machine. Called from any thread, before close."""
+        """The run ends early: give up what is on its way to another machine, and stop looking through an earlier run's.
+
+        Called from any thread, before close, and perhaps more than once.
+        """
 
     def close(self) -> None:
         """Let go of the output; what is complete stays for the next run."""

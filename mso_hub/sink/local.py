@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
@@ -71,14 +72,6 @@ def _naming(path: Path, nbytes: int) -> Iterator[None]:
         raise SinkError(f"{path}: {nbytes:,} bytes could not be written: {error.strerror}; {way_out}") from error
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -101,6 +94,7 @@ class LocalSink:
         self._journal: Journal | None = None
         self._entries: dict[str, Entry] = {}
         self._finished = False
+        self._aborted = threading.Event()
 
     @property
     def name(self) -> str:
@@ -221,7 +215,7 @@ class LocalSink:
         for name, entry in entries.items():
             path = self._target / name
             found = f"{path.stat().st_size:,}" if path.is_file() else "none"
-            if found == f"{entry.nbytes:,}" and _sha256(path) == entry.sha256:
+            if found == f"{entry.nbytes:,}" and self._sha256(path) == entry.sha256:
                 continue
             what = "others" if found == f"{entry.nbytes:,}" else found
             raise SinkError(
@@ -236,9 +230,19 @@ class LocalSink:
         for name, entry in self._open_journal.files.items():
             path = self.staging / name
             whole = name in sizes and path.is_file() and path.stat().st_size == entry.nbytes == sizes[name]
-            if whole and _sha256(path) == entry.sha256:
+            if whole and self._sha256(path) == entry.sha256:
                 done[name] = entry
         return done
+
+    def _sha256(self, path: Path) -> str:
+        """Of a file of an earlier run; a large output takes minutes, so abort() ends it."""
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                if self._aborted.is_set():
+                    raise SinkError(f"{path}: stopped while the work of an earlier run was checked; run it again")
+                digest.update(chunk)
+        return digest.hexdigest()
 
     def _discard_leftovers(self) -> None:
         """What is not known to be complete must neither be published nor fill the disk."""
@@ -323,7 +327,8 @@ class LocalSink:
             self.close()
 
     def abort(self) -> None:
-        """Nothing is on its way."""
+        """Stop checking what an earlier run left; nothing is on its way to another machine."""
+        self._aborted.set()
 
     def close(self) -> None:
         """Release the lock; what is journaled stays for the next run, a run that completed nothing leaves no trace."""

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from types import MappingProxyType
+
+from mso_hub.hub import is_address, parse_address
 
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
 
@@ -27,3 +31,19 @@ class HubTarget:
     journal_branch: str | None = None
     title: str = "Upload with mso_hub"
     description: str = ""
+
+
+def converted(src: str, what: str) -> tuple[str, str]:
+    """Title and description of the commit that holds what was made from `src`.
+
+    src   folder, or hf://org/name@revision
+    what  formats, as a Recipe's label has them
+    """
+    origin = parse_address(src) if is_address(src) else None
+    name = origin.repo_id if origin else Path(src).resolve().name
+    title = f"{what.upper()} of {name}, made with mso_hub"
+    description = (
+        f"Converted from {origin or 'a folder'} by mso_hub {version('mso-hub')}, tensor by tensor. README.md says what "
+        "changed, with sizes and errors; mso_hub.json has the settings and the SHA-256 of every file."
+    )
+    return title, description

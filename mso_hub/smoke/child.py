@@ -27,6 +27,16 @@ _GRACE = 5
 _LEFT = 2
 """Seconds that its own children have after it: Python's resource tracker unlinks shared memory then."""
 
+_RUNNING: set[subprocess.Popen[bytes]] = set()
+
+
+def end_processes() -> None:
+    """Ask every process that run_job waits for to end, from any thread; those calls raise SmokeError then."""
+    for process in tuple(_RUNNING):
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
 
 def run_job(python: Path, verb: str, job: Mapping[str, Any], folder: Path) -> bytes:
     """Run `python -m vllm_mso_hub VERB` on a job -> its report.
@@ -45,10 +55,12 @@ def run_job(python: Path, verb: str, job: Mapping[str, Any], folder: Path) -> by
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=env,
             start_new_session=True,
         )  # fmt: skip
+        _RUNNING.add(process)
         try:
             code = process.wait()
         finally:
             _end(process)
+            _RUNNING.discard(process)
     if code != 0 or not report.is_file():
         raise SmokeError(_refusal(code, said) or _crash(python, verb, code, said))
     return report.read_bytes()

@@ -13,7 +13,7 @@ import numpy as np
 
 from mso_hub.engine.threads import default_workers
 from mso_hub.errors import VerifyError
-from mso_hub.events import Listener, ignore
+from mso_hub.events import CheckReady, Listener, TensorDone, ignore
 from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
 from mso_hub.formats.weight import read_rows
 from mso_hub.verify.opened import Opened, opening
@@ -73,17 +73,23 @@ def _scale_quantiles(opened: Opened) -> dict[str, tuple[float, ...]]:
 def compare_checkpoints(first: str | Path, second: str | Path, *, on_event: Listener = ignore) -> Comparison:
     """Compare every weight that two checkpoints share, whatever their formats; VerifyError when they share none."""
     with opening(first, on_event) as a, opening(second, on_event) as b:
-        return _compare((str(first), str(second)), like(a, b), like(b, a))
+        return _compare((str(first), str(second)), like(a, b), like(b, a), on_event)
 
 
-def _compare(names: tuple[str, str], a: Opened, b: Opened) -> Comparison:
+def _compare(names: tuple[str, str], a: Opened, b: Opened, on_event: Listener) -> Comparison:
     common = [n for n in a.weights if n in b.weights]
     if not common:
         raise VerifyError(
             f"{names[0]} and {names[1]}: share none of their {len(a.weights)} and {len(b.weights)} weights"
         )
+    on_event(CheckReady(0, sum(b.weights[name].nbytes for name in common)))
     with ThreadPoolExecutor(default_workers()) as pool:
-        outcomes = list(pool.map(lambda n: distance(b, a, b.weights[n], a.weights[n]), common))
+        outcomes = []
+        for name, outcome in zip(
+            common, pool.map(lambda n: distance(b, a, b.weights[n], a.weights[n]), common), strict=True
+        ):
+            outcomes.append(outcome)
+            on_event(TensorDone(name, b.weights[name].nbytes))
     errors = tuple(
         sorted((e for e in outcomes if e is not None), key=lambda e: -math.inf if math.isnan(e.nmse) else -e.nmse)
     )

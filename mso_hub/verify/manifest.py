@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from mso_hub.events import Hashed, Listener, ignore
 from mso_hub.hub import looks_like_repo
 from mso_hub.source import Source
 
@@ -30,7 +31,14 @@ def read_manifest(source: Source) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_manifest(source: Source) -> tuple[list[str], int]:
+def bytes_to_hash(source: Source) -> int:
+    """Bytes that check_manifest reads: of announced files for which the repo does not vouch itself."""
+    files, listed = source.files(), read_manifest(source).get("files")
+    names = [name for name in listed if name in files] if isinstance(listed, dict) else []
+    return sum(files[name] for name in names if source.sha256(name) is None)
+
+
+def check_manifest(source: Source, on_event: Listener = ignore) -> tuple[list[str], int]:
     """Files against the SHA-256 of mso_hub.json, where there is one: (problems, files that agree).
 
     A card that was edited or taken away is no problem, and does not count as a file that agrees.
@@ -42,7 +50,7 @@ def check_manifest(source: Source) -> tuple[list[str], int]:
     try:
         announced = json.loads(source.read(MANIFEST, 0, files[MANIFEST]).tobytes())["files"].items()
         for name, entry in announced:
-            if files.get(name) == entry["nbytes"] and sha256_of(source, name) == entry["sha256"]:
+            if files.get(name) == entry["nbytes"] and sha256_of(source, name, on_event) == entry["sha256"]:
                 good += 1
             elif name == CARD:
                 continue
@@ -55,14 +63,16 @@ def check_manifest(source: Source) -> tuple[list[str], int]:
     return problems, good
 
 
-def sha256_of(source: Source, name: str) -> str:
+def sha256_of(source: Source, name: str, on_event: Listener = ignore) -> str:
     """As the repo vouches for it (the Hub hashes what it stores), else of every byte."""
     known = source.sha256(name)
     if known is not None:
         return known
     digest, size = hashlib.sha256(), source.files()[name]
     for begin in range(0, size, CHUNK):
-        digest.update(source.read(name, begin, min(begin + CHUNK, size)).data)
+        end = min(begin + CHUNK, size)
+        digest.update(source.read(name, begin, end).data)
+        on_event(Hashed(name, end - begin))
     return digest.hexdigest()
 
 

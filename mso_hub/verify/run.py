@@ -15,7 +15,7 @@ import numpy as np
 from mso_hub.checkpoint import Array, parse_config
 from mso_hub.engine.threads import default_workers
 from mso_hub.errors import CheckpointError, PlanError, VerifyError
-from mso_hub.events import Listener, TensorDone, ignore
+from mso_hub.events import CheckReady, Listener, TensorDone, ignore
 from mso_hub.formats.detect import module_of, quantization_configs
 from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
 from mso_hub.formats.weight import FLOAT_DTYPES, Reader, Weight
@@ -27,7 +27,7 @@ from mso_hub.verify.cache import cache_problems
 from mso_hub.verify.companions import companion_problems
 from mso_hub.verify.config import config_notes, config_problems
 from mso_hub.verify.incomplete import refusals
-from mso_hub.verify.manifest import check_manifest, is_ours, wrong_source
+from mso_hub.verify.manifest import bytes_to_hash, check_manifest, is_ours, wrong_source
 from mso_hub.verify.opened import Opened, opening
 from mso_hub.verify.parallel import parallel_notes, parallel_problems
 from mso_hub.verify.reference import compare_reference
@@ -89,7 +89,9 @@ def _verify(
     parallel: tuple[Sequence[int], bool],
     on_event: Listener,
 ) -> Report:
-    problems, hashed = check_manifest(mine.source)
+    pairs = [(w, theirs.weights[n]) for n, w in mine.weights.items() if n in theirs.weights] if theirs else []
+    on_event(CheckReady(bytes_to_hash(mine.source), sum(before.nbytes for _, before in pairs)))
+    problems, hashed = check_manifest(mine.source, on_event)
     problems += _index_problems(mine)
     problems += _file_problems(mine)
     shared, found = _own_problems(mine)
@@ -106,7 +108,6 @@ def _verify(
     with ThreadPoolExecutor(default_workers()) as pool:
         if theirs is not None:
             far += _missing(mine, theirs)
-            pairs = [(w, theirs.weights[n]) for n, w in mine.weights.items() if n in theirs.weights]
             outcomes = pool.map(lambda p: distance(mine, theirs, *p, count=True), pairs)
             rounded = is_ours(mine.source)
             for pair, outcome in zip(pairs, outcomes, strict=True):

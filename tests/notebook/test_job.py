@@ -21,7 +21,7 @@ from mso_hub.hub.devhub.seed import connect, seed
 from mso_hub.hub.search import search_models
 from mso_hub.notebook.plan import bits_per_weight, duration
 from mso_hub.notebook.settings import read_settings
-from mso_hub.notebook.track import Snapshot
+from mso_hub.notebook.track import Snapshot, Track
 from mso_hub.plan import Recipe
 from tests.helpers import tiny_llama, tiny_moe, write_files
 from tests.hubs import multimodal
@@ -168,31 +168,29 @@ class Stopping(Seen):
         self.job, self.shards = job, shards
 
 
-def test_a_pause_keeps_what_is_complete(source: Path, tmp_path: Path, wanted: dict[str, str]) -> None:
+def test_a_pause_keeps_what_is_complete(
+    source: Path, tmp_path: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another thread asks for it while the run is between two events; a new Job goes on."""
     out = tmp_path / "out"
     job = quiet(source, out)
     job.plan  # noqa: B018 - made before the listener below is put in
-    original = job._listener
 
-    def listener(track: Any) -> Any:
-        listen = original(track)
+    def pause_at_a_shard(self: Track, event: Any) -> None:
+        if isinstance(event, mso_hub.events.ShardDone):
+            other = threading.Thread(target=job.pause)
+            other.start()
+            other.join()
+        note(self, event)
 
-        def stop(event: Any) -> None:
-            if isinstance(event, mso_hub.events.ShardDone):
-                other = threading.Thread(target=job.pause)
-                other.start()
-                other.join()
-            listen(event)
-
-        return stop
-
-    job._listener = listener  # type: ignore[method-assign]
+    note = Track.__call__
+    monkeypatch.setattr(Track, "__call__", pause_at_a_shard)
     job.run(Seen())
     assert job.paused
     assert staging(out).is_dir()
     assert journal(out).read_text().count('"file"') >= 1
     assert not out.exists()
+    monkeypatch.undo()
     view = Seen()
     again = quiet(source, out)
     again.run(view)
