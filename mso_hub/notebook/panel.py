@@ -13,10 +13,12 @@ from mso_hub.hub import Client, is_address
 from mso_hub.hub.search import search_models
 from mso_hub.notebook.job import PAUSED, Job
 from mso_hub.notebook.panes import Heading, Line, Pane, clean
-from mso_hub.notebook.views import MISSING, Widgets, display_widget, has_widgets
+from mso_hub.notebook.views import FIELDS, MISSING, Widgets, display_widget, has_widgets
 from mso_hub.plan.recipe import LAYOUTS
 
-WIDE = {"width": "44em"}
+WIDE = {"width": "auto", "flex": "1 1 auto"}
+NARROW = {"width": "auto", "margin": "2px 1.5em 2px 2px"}
+INDENT = {"margin": f"0 0 0 {FIELDS}"}
 INSTEAD = (
     "job = mso_hub.Job('hf://org/model', 'hf://me/model-NVFP4', scheme='nvfp4')",
     "job            # the plan",
@@ -48,26 +50,26 @@ class Panel:
         self._made: tuple[Any, ...] = ()
         self._thread: threading.Thread | None = None
         self.query = w.Text(placeholder="words of a name on the Hub", description="Search", layout=WIDE)
-        self.find = w.Button(description="Search")
-        self.found = w.Dropdown(options=[("", "")], description="Found", layout=WIDE)
+        self.find = w.Button(description="Search", layout={"width": "8em"})
+        self.found = w.Dropdown(options=[("", "")], description="Found", layout={**WIDE, "display": "none"})
         self.src = w.Text(src, placeholder="hf://org/name or a folder", description="Source", layout=WIDE)
         self.dst = w.Text(dst, placeholder="hf://me/name or a new folder", description="Output", layout=WIDE)
-        self.scheme = w.Dropdown(options=[*FORMATS, DENSE], value="nvfp4", description="Scheme")
-        self.layout = w.Dropdown(options=LAYOUTS, description="Layout")
-        self.all_linear = w.Checkbox(description="attention too", indent=False)
-        self.text_only = w.Checkbox(description="text only", indent=False)
-        self.private = w.Checkbox(description="private repo", indent=False)
-        self.plan = w.Button(description="Plan")
-        self.run = w.Button(description="Run", button_style="primary")
-        self.pause = w.Button(description="Pause", disabled=True)
-        self.message = w.HTML()
-        self.progress = w.VBox()
+        self.scheme = w.Dropdown(options=[*FORMATS, DENSE], value="nvfp4", description="Scheme", layout=WIDE)
+        self.layout = w.Dropdown(options=LAYOUTS, description="Layout", layout=WIDE)
+        self.all_linear = w.Checkbox(description="attention too", indent=False, layout=NARROW)
+        self.text_only = w.Checkbox(description="text only", indent=False, layout=NARROW)
+        self.private = w.Checkbox(description="private repo", indent=False, layout=NARROW)
+        self.plan = w.Button(description="Plan", tooltip="what a run will write; it writes nothing itself")
+        self.run = w.Button(description="Run", button_style="primary", tooltip="convert, or go on after a pause")
+        self.pause = w.Button(description="Pause", disabled=True, tooltip="stop; what is complete is kept")
+        self.message = w.HTML(layout={"margin": f"2px 2px 2px calc({FIELDS} + 2px)"})
+        self.progress = w.VBox(layout={"margin": "0 2px"})
         self.result = w.HTML()
         self.box = w.VBox([
             w.HBox([self.query, self.find]), self.found, self.src, self.dst,
-            w.HBox([self.scheme, self.layout]), w.HBox([self.all_linear, self.text_only, self.private]),
-            w.HBox([self.plan, self.run, self.pause]), self.message, self.progress, self.result,
-        ])  # fmt: skip
+            w.HBox([self.scheme, self.layout]), w.HBox([self.all_linear, self.text_only, self.private], layout=INDENT),
+            w.HBox([self.plan, self.run, self.pause], layout=INDENT), self.message, self.progress, self.result,
+        ], layout={"max_width": "62em"})  # fmt: skip
         self.find.on_click(lambda _: self._start("searching", self._search))
         self.found.observe(self._take, "value")
         self.plan.on_click(lambda _: self._start("planning", self._plan))
@@ -129,6 +131,7 @@ class Panel:
     def _search(self) -> str:
         found = search_models(self._client or Client(), self.query.value.strip())
         self.found.options = [("", ""), *((clean(name), f"hf://{name}") for name in found)]
+        self.found.layout.display = "" if found else "none"
         return f"{len(found)} repos found" if found else "no repo found; try fewer words"
 
     def _current(self) -> Job:

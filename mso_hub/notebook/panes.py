@@ -18,7 +18,15 @@ ROWS = 24
 LEAST = 4
 """Characters of a text column at least."""
 CELL = "padding:.15em .7em;text-align:{};vertical-align:top"
-TABLE = "border-collapse:collapse;font-variant-numeric:tabular-nums"
+TABLE = "border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.6em 0"
+LINK = "text-decoration:underline"
+"""Inside of widgets a link has the colour of text."""
+RULE = "border-bottom:1px solid #808080"
+FLEX = "display:flex;gap:.7em;"
+BLOCK = '<div style="margin:.5em 0">{}</div>'
+LABEL = "flex:none;width:{:.1f}em"
+SHORT, LONG = 5.5, 14.0
+"""Width of the labels in front of lines, and of long ones in front of bars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,25 +212,26 @@ def _numeric(cells: Sequence[Sequence[str]], count: int) -> list[bool]:
 
 def pane_html(parts: Sequence[Part]) -> str:
     """Parts in one div; text and lines take their colours from the theme."""
-    return f'<div style="max-width:62em">{"".join(map(_html, parts))}</div>'
+    return f'<div style="max-width:62em;line-height:1.5">{"".join(map(_html, parts))}</div>'
 
 
 def _html(part: Part) -> str:
     if isinstance(part, Heading):
-        return f"<p><b>{safe(part.text)}</b></p>"
+        return BLOCK.format(f"<b>{safe(part.text)}</b>")
     if isinstance(part, Line):
-        return f"<div>{f'<b>{safe(part.label)}</b> ' if part.label else ''}{safe(part.text)}</div>"
+        return _labelled_html(part.label, safe(part.text)) if part.label else f"<div>{safe(part.text)}</div>"
     if isinstance(part, Command):
         return f'<pre style="margin:.5em 0;background:none;color:inherit"><code>{safe(part.text)}</code></pre>'
     if isinstance(part, Link):
-        return f"<div><b>{safe(part.label)}</b> {_anchor(part.url)}</div>"
+        return _labelled_html(part.label, _anchor(part.url))
     if isinstance(part, Picture):
         from base64 import b64encode
 
         data = b64encode(part.png).decode()
         return f'<img style="max-width:100%" alt="{safe(part.alt)}" src="data:image/png;base64,{data}">'
     if isinstance(part, Bars):
-        return "".join(_bar(*row) for row in part.rows)
+        width = max(SHORT, min(LONG, max((0.55 * len(clean(label)) for label, _, _ in part.rows), default=0.0)))
+        return BLOCK.format("".join(_bar(*row, width) for row in part.rows)) if part.rows else ""
     return _html_table(part)
 
 
@@ -234,17 +243,25 @@ def safe(text: object) -> str:
 def _anchor(url: str) -> str:
     """A link where the address is one of the web's, else its text: `javascript:` is an address too."""
     if url.startswith(("https://", "http://")):
-        return f'<a href="{safe(url)}" target="_blank" rel="noopener">{safe(url)}</a>'
+        return f'<a style="{LINK}" href="{safe(url)}" target="_blank" rel="noopener">{safe(url)}</a>'
     return f"<code>{safe(url)}</code>"
 
 
-def _bar(label: str, share: float, what: str) -> str:
-    width = 100 * min(1.0, max(0.0, share))
-    inside = f'<div style="width:{width:.1f}%;height:.7em;background:currentColor;opacity:.6"></div>'
+def _labelled_html(label: str, content: str) -> str:
+    """Label and content beside each other; a long content wraps beside its label."""
     return (
-        '<div style="display:flex;gap:.7em;align-items:center;font-variant-numeric:tabular-nums">'
-        f'<span style="width:14em">{safe(label)}</span><div style="width:16em;border:1px solid">{inside}</div>'
-        f"<span>{safe(what)}</span></div>"
+        f'<div style="{FLEX}"><b style="{LABEL.format(SHORT)}">{safe(label)}</b>'
+        f'<span style="min-width:0;overflow-wrap:anywhere">{content}</span></div>'
+    )
+
+
+def _bar(label: str, share: float, what: str, width: float) -> str:
+    filled = 100 * min(1.0, max(0.0, share))
+    inside = f'<div style="width:{filled:.1f}%;height:.6em;background:currentColor;opacity:.6"></div>'
+    return (
+        f'<div style="{FLEX}align-items:center;font-variant-numeric:tabular-nums">'
+        f'<span style="{LABEL.format(width)}">{safe(label)}</span>'
+        f'<div style="flex:0 1 16em;border:1px solid #808080">{inside}</div><span>{safe(what)}</span></div>'
     )
 
 
@@ -263,7 +280,7 @@ def _html_table(table: Table) -> str:
 
 def _rows_html(heads: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
     styles = [CELL.format("right" if r else "left") for r in right]
-    head = "".join(f'<th style="{style}">{safe(h)}</th>' for h, style in zip(heads, styles, strict=True))
+    head = "".join(f'<th style="{style};{RULE}">{safe(h)}</th>' for h, style in zip(heads, styles, strict=True))
     body = ""
     for row in cells:
         inside = "".join(f'<td style="{style}">{safe(c)}</td>' for c, style in zip(row, styles, strict=True))

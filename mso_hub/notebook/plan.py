@@ -84,8 +84,10 @@ def plan_parts(plan: Plan, estimate: Estimate | None = None, title: str = "") ->
 
 
 def _stays(plan: Plan) -> list[Part]:
+    """Without those that are decoded: the table above has them."""
+    changed = {step.weight.module for shard in plan.shards for step in shard.steps if step.changes}
     rows = []
-    for entry in by_reason(plan.kept):
+    for entry in by_reason({module: why for module, why in plan.kept.items() if module not in changed}):
         kinds = ", ".join(entry.kinds[:KINDS]) + (", ..." if len(entry.kinds) > KINDS else "")
         rows.append((entry.reason, f"{entry.count:,}", kinds))
     return [Table(("stays, because", "count", "modules"), rows)] if rows else []

@@ -14,10 +14,18 @@ from mso_hub.plan.summary import size
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK = "#808080"
+INK = "#7a7a7a"
 """Text and lines: readable on white and on black, since the picture has no background."""
+MARKERS = "osD^v<>P*Xph"
+"""Formats of the same width lie close together."""
 TICKS = 40
 """Layers that are named beside the grid at most."""
+SPELLED = (12, 8)
+"""Layers and projections of a grid whose cells say their numbers."""
+DPI = 160
+"""Sharp on screens that have two pixels for one of the page."""
+SMALL, LARGE = 9.0, 10.0
+"""Points of ticks and titles: a picture 9 inches wide is about 860 pixels in a cell."""
 
 
 def has_matplotlib() -> bool:
@@ -31,17 +39,27 @@ def has_matplotlib() -> bool:
 
 def draw(heat: Heat, sizes: Sequence[tuple[str, int, int]], title: str) -> Figure:
     """A heat map of layers by projections, and bars of the sizes before and after."""
+    figure, (left, right) = _figure(min(14.0, max(3.6, 1.9 + 0.2 * len(heat.layers))), (2.2, 1.0))
+    _grid(figure, left, heat)
+    _sizes(right, sizes)
+    return _titled(figure, title)
+
+
+def _figure(height: float, widths: tuple[float, float]) -> tuple[Figure, Any]:
+    """Without background, with two axes beside each other; inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    height = min(14.0, max(3.2, 1.6 + 0.18 * len(heat.layers)))
-    figure = Figure(figsize=(10.0, height), layout="constrained")
+    figure = Figure(figsize=(9.0, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.patch.set_alpha(0.0)
-    left, right = figure.subplots(1, 2, width_ratios=(2.2, 1.0))
-    _grid(figure, left, heat)
-    _sizes(right, sizes)
-    figure.suptitle(_plain(cut(title, 80)), color=INK, fontsize=10)
+    return figure, figure.subplots(1, 2, width_ratios=widths)
+
+
+def _titled(figure: Figure, title: str) -> Figure:
+    """Finished, and shown by Jupyter."""
+    if title:
+        figure.suptitle(_plain(cut(title, 80)), color=INK, fontsize=LARGE)
     shown: Any = figure
     shown._repr_png_ = lambda: png(figure)  # IPython asks the object for it
     return figure
@@ -50,7 +68,7 @@ def draw(heat: Heat, sizes: Sequence[tuple[str, int, int]], title: str) -> Figur
 def png(figure: Figure) -> bytes:
     """The picture's bytes."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, transparent=True)
+    figure.savefig(content, format="png", dpi=DPI, transparent=True)
     return content.getvalue()
 
 
@@ -67,11 +85,25 @@ def _grid(figure: Figure, axes: Any, heat: Heat) -> None:
     step = -(-len(heat.layers) // TICKS)
     shown = range(0, len(heat.layers), step or 1)
     axes.set_yticks(shown, [heat.layers[at] for at in shown])
-    axes.set_ylabel("layer", color=INK, fontsize=8)
-    axes.set_title("mean error, % of the squared weights", color=INK, fontsize=9)
+    axes.set_ylabel("layer", color=INK, fontsize=SMALL)
+    axes.set_title("mean error, % of the squared weights", color=INK, fontsize=LARGE)
+    if len(heat.layers) <= SPELLED[0] and len(heat.kinds) <= SPELLED[1]:
+        _spell(axes, finite)
     bar = figure.colorbar(image, ax=axes)
     for part in (axes, bar.ax):
         _ink(part)
+
+
+def _spell(axes: Any, rows: Sequence[Sequence[float]]) -> None:
+    """The number of each cell, with three digits in the largest, dark on the bright half of the colours."""
+    known = [value for row in rows for value in row if math.isfinite(value)] or [0.0]
+    middle = (min(known) + max(known)) / 2
+    digits = max(0, 2 - math.floor(math.log10(max(known)))) if max(known) > 0 else 0
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            if math.isfinite(value):
+                ink = "black" if value > middle else "white"
+                axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=SMALL)
 
 
 def _sizes(axes: Any, sizes: Sequence[tuple[str, int, int]]) -> None:
@@ -80,14 +112,35 @@ def _sizes(axes: Any, sizes: Sequence[tuple[str, int, int]]) -> None:
     for name, *pair in sizes:
         axes.bar(names, pair, bottom=below, label=_plain(f"{cut(name, 24)}, {size(pair[1])}"))
         below = [a + b for a, b in zip(below, pair, strict=True)]
-    axes.set_title(f"{size(below[0])} -> {size(below[1])}", color=INK, fontsize=9)
+    axes.set_title(f"{size(below[0])} -> {size(below[1])}", color=INK, fontsize=LARGE)
     axes.yaxis.set_major_formatter(lambda value, _: size(value))
     axes.patch.set_alpha(0.0)
-    axes.legend(fontsize=7, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes.legend(fontsize=SMALL, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     _ink(axes)
 
 
 def _ink(axes: Any) -> None:
-    axes.tick_params(colors=INK, labelsize=7)
+    axes.tick_params(colors=INK, labelsize=SMALL)
     for spine in axes.spines.values():
         spine.set_color(INK)
+
+
+def draw_formats(rows: Sequence[tuple[str, float, float, int]], title: str) -> Figure:
+    """Label, bits a number, error and bytes of each format -> bits against error, and bars of the sizes."""
+    figure, (left, right) = _figure(4.0, (1.5, 1.0))
+    for at, (label, bits, error, _) in enumerate(rows):
+        left.plot([bits], [100 * error], MARKERS[at % len(MARKERS)], label=_plain(label), markersize=8)
+    left.legend(fontsize=7, frameon=False, labelcolor=INK)
+    left.set_yscale("log" if all(error > 0 for _, _, error, _ in rows) else "linear")
+    left.margins(x=0.15)
+    left.set_xlabel("bits a number, scales included", color=INK, fontsize=SMALL)
+    left.set_title("error, % of the squared weights", color=INK, fontsize=LARGE)
+    colours = [f"C{at % 10}" for at in range(len(rows))]
+    right.barh([_plain(label) for label, *_ in rows], [nbytes for *_, nbytes in rows], color=colours)
+    right.invert_yaxis()
+    right.xaxis.set_major_formatter(lambda value, _: size(value))
+    right.set_title("size", color=INK, fontsize=LARGE)
+    for axes in (left, right):
+        axes.patch.set_alpha(0.0)
+        _ink(axes)
+    return _titled(figure, title)

@@ -72,7 +72,7 @@ class ReportView(Report):
 
     def html_parts(self) -> list[Part]:
         """The same with a picture in front, where matplotlib is installed; the tables are folded away then."""
-        from mso_hub.notebook.plot import has_matplotlib, png
+        from mso_hub.notebook.plot import draw, has_matplotlib, png
 
         tables = errors_parts(self)
         if not self.errors:
@@ -80,7 +80,8 @@ class ReportView(Report):
         if not has_matplotlib():
             return [*self._parts(), Line(MISSING, "note"), *tables, *self._summary()]
         alt = f"relative squared error of {len(self.errors):,} weights by layer and projection; the tables say the same"
-        return [*self._parts(), Picture(png(self.plot()), alt), *tables, *self._summary()]
+        picture = draw(heat_of(self.errors), self.sizes, "")  # the first line says of what
+        return [*self._parts(), Picture(png(picture), alt), *tables, *self._summary()]
 
     def __str__(self) -> str:
         return pane_text(self.text_parts())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -20,6 +21,10 @@ LOOK = 0.25
 """Seconds between two looks at what goes on."""
 EVERY = 5.0
 """Seconds between two lines of text: a log must stay readable."""
+FIELDS = "88px"
+"""Where bars begin, to the right of their names: where ipywidgets lets its fields begin."""
+STYLES = {"done": "success", "paused": "warning", "stopped": "danger"}
+"""How it ended -> the colour of its bars."""
 MISSING = "needs ipywidgets: pip install 'mso-hub[notebook]'"
 
 
@@ -59,33 +64,45 @@ class Widgets:
         import ipywidgets
 
         self._widgets = ipywidgets
-        self._rows: dict[str, tuple[Any, Any]] = {}
-        self._status = ipywidgets.HTML()
+        self._rows: dict[str, tuple[Any, Any, Any]] = {}
+        self._names: list[str] = []
+        self._status = ipywidgets.HTML(layout={"margin": f"0 0 0 {FIELDS}"})
         self.box = box if box is not None else ipywidgets.VBox()
+        self._above = tuple(self.box.children)
         self._shown = box is not None
 
     def draw(self, snapshot: Snapshot, *, last: bool = False) -> None:
         """Move the bars; the first call makes and shows them."""
         from html import escape
 
+        if [bar.name for bar in snapshot.bars] != self._names:
+            self._names = [bar.name for bar in snapshot.bars]
+            self._arrange(snapshot.bars)
         for bar in snapshot.bars:
-            if bar.name not in self._rows:
-                self._add(bar)
-            widget, text = self._rows[bar.name]
+            _, widget, text = self._rows[bar.name]
             widget.value = 100 * bar.share
+            widget.bar_style = STYLES.get(snapshot.state, "")
             text.value = escape(amounts(bar))
         self._status.value = escape(status(snapshot))
         if not self._shown:
             self._shown = True
             display_widget(self.box, "progress: a widget that this page cannot show; the line below tells the end")
 
-    def _add(self, bar: Progress) -> None:
-        widget = self._widgets.FloatProgress(0.0, min=0.0, max=100.0, layout={"width": "20em"})
-        name = self._widgets.Label(bar.name, layout={"width": "5em"})
-        text = self._widgets.HTML(layout={"width": "16em"})
-        self._rows[bar.name] = widget, text
-        rows = [*self.box.children, self._widgets.HBox([name, widget, text])]
-        self.box.children = [*(row for row in rows if row is not self._status), self._status]
+    def _arrange(self, bars: Sequence[Progress]) -> None:
+        """One row for each bar, in their order; a bar may come later than the one below it."""
+        for bar in bars:
+            if bar.name not in self._rows:
+                self._rows[bar.name] = self._row(bar.name)
+        rows = [self._rows[bar.name][0] for bar in bars]
+        self.box.children = [*self._above, *rows, self._status]
+
+    def _row(self, name: str) -> tuple[Any, Any, Any]:
+        wide = {"flex": "0 1 20em", "width": "auto", "height": "1.6em", "margin": "0 .7em 0 0"}
+        bar = self._widgets.FloatProgress(0.0, min=0.0, max=100.0, layout=wide)
+        label = self._widgets.Label(name, layout={"width": FIELDS, "margin": "0"})
+        text = self._widgets.HTML(layout={"margin": "0"})
+        row = self._widgets.HBox([label, bar, text], layout={"align_items": "center", "overflow": "hidden"})
+        return row, bar, text
 
 
 class Watch:
@@ -182,7 +199,11 @@ def status(snapshot: Snapshot) -> str:
     """`encoding, 210 MB/s, 0:08 left, 512 MB memory`."""
     parts = [snapshot.state]
     parts += [f"{size(snapshot.rate)}/s"] if snapshot.rate else []
-    parts += [f"{clock(snapshot.left)} left"] if snapshot.left is not None else [f"{clock(snapshot.seconds)} so far"]
+    spent = clock(snapshot.seconds)
+    if snapshot.state in STYLES:
+        parts += [f"after {spent}"]
+    else:
+        parts += [f"{clock(snapshot.left)} left"] if snapshot.left is not None else [f"{spent} so far"]
     parts += [f"{size(snapshot.memory)} memory"] if snapshot.memory else []
     return clean(", ".join(parts))
 

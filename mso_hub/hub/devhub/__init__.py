@@ -68,10 +68,12 @@ class DevHub:
         command = [sys.executable, "-m", __name__, "--dir", str(folder), "--port", str(port), "--until-eof"]
         command += ["--storage-port", str(storage_port), *(["--xet"] if xet else [])]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        # Its stdin is a pipe of ours: when we die, however, it ends, and so does the server.
+        # Its stdin is a pipe of ours: when we die, however, it ends, and so does the server. Its session is its own: an
+        # interrupt of a notebook's cell goes to the whole process group.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             self.endpoint = self._ready()
             about = self._call("GET", "")
