@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.formats.dialects.compressed_tensors import arguments
@@ -104,17 +105,33 @@ class Integer(Format):
 
     def encode(self, values: Array, dtype: str, dense: str, amax: float) -> tuple[Array, ...]:
         """Codes, scales and zero points of some rows."""
+        return self._encode(values, dtype, dense, self.search, None)
+
+    def encode_weighted(
+        self, values: Array, dtype: str, dense: str, amax: float, importance: NDArray[np.float64]
+    ) -> tuple[Array, ...]:
+        """As `encode`, squared errors weighted by column."""
+        return self._encode(values, dtype, dense, "mse", importance)
+
+    def _encode(
+        self, values: Array, dtype: str, dense: str, search: str, importance: NDArray[np.float64] | None
+    ) -> tuple[Array, ...]:
         from mso_hub.formats.numerics import floats, integer_encode
 
         codes, scale, zero = integer_encode.encode(
             values, dtype, bits=self.bits, group_size=self.group_size or None, symmetric=self.symmetric,
-            scale_dtype=dense, search=self.search,
+            scale_dtype=dense, search=search, importance=importance,
         )  # fmt: skip
-        stored = floats.narrow(scale, dense)
+        return self.assemble(codes, floats.narrow(scale, dense), zero)
+
+    def assemble(self, codes: Array, scale: Array, zero: Array | None) -> tuple[Array, ...]:
+        """What `encode` gives for codes I8 [r, K], scales as stored and zero points I8 [r, K/group] or None."""
+        from mso_hub.formats.numerics import integer_encode
+
         if self.name == "int8":
-            return codes, stored
+            return codes, scale
         packed = integer_encode.pack(codes, self.bits)
-        return (packed, stored) if zero is None else (packed, stored, integer_encode.pack_zero_point(zero, self.bits))
+        return (packed, scale) if zero is None else (packed, scale, integer_encode.pack_zero_point(zero, self.bits))
 
     def decode(self, arrays: tuple[Array, ...], columns: int, dense: str, amax: float) -> Array:
         """F32 [r, K]."""

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.formats.dialects.compressed_tensors import arguments
 from mso_hub.formats.scheme import Choices, Format, Scheme
@@ -79,6 +82,16 @@ class Mx(Format):
         if self.name == "mxfp4":
             return mx.encode_mxfp4(values, dtype, search=self.search)
         return mx.encode_mxfp8(values, dtype)
+
+    def encode_weighted(
+        self, values: Array, dtype: str, dense: str, amax: float, importance: NDArray[np.float64]
+    ) -> tuple[Array, ...]:
+        """As `encode`, squared errors weighted by column; MXFP8 has only one good exponent."""
+        from mso_hub.formats.numerics import mx
+
+        if self.name != "mxfp4":
+            return super().encode_weighted(values, dtype, dense, amax, importance)
+        return mx.encode_mxfp4(values, dtype, search="mse", importance=importance)
 
     def decode(self, arrays: tuple[Array, ...], columns: int, dense: str, amax: float) -> Array:
         """F32 [r, K]."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.formats.dialects.compressed_tensors import arguments
@@ -26,6 +27,9 @@ SUFFIXES = {
 """Layout -> names of codes, block scales, global scale and activation scale."""
 POWER = "power"
 """The search that takes a power of two for every scale where that is exact: for weights that were MXFP4."""
+HEADROOM = 2.0
+"""On a small trained model, W4A4: after 33 tokens of calibration a KL divergence of 0.0096 at a factor of 1, 0.0091 at
+2 and 0.0090 at 8 or 64; after 8,192 tokens 0.0088 at each of them. A factor of 1/8 costs 30 % of perplexity."""
 _NO_FP8 = "no runtime loads NVFP4 weights with FP8 activations; mxfp4 with --activations 8 is W4A8"
 
 NVFP4_CHOICES = Choices(
@@ -72,6 +76,11 @@ class Nvfp4(Format):
         """Engines keep one global scale for a fused unit."""
         return True
 
+    @property
+    def headroom(self) -> float:
+        """Block scales are made at run time and saturate above the static one: too small clips, too large is free."""
+        return HEADROOM
+
     def problem(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be NVFP4, or None."""
         if len(shape) != 2:
@@ -99,6 +108,14 @@ class Nvfp4(Format):
         from mso_hub.formats.numerics import nvfp4
 
         return nvfp4.encode(values, dtype, self.global_scale(amax), search=self.search)
+
+    def encode_weighted(
+        self, values: Array, dtype: str, dense: str, amax: float, importance: NDArray[np.float64]
+    ) -> tuple[Array, ...]:
+        """As `encode`, squared errors weighted by column."""
+        from mso_hub.formats.numerics import nvfp4
+
+        return nvfp4.encode(values, dtype, self.global_scale(amax), search="mse", importance=importance)
 
     def decode(self, arrays: tuple[Array, ...], columns: int, dense: str, amax: float) -> Array:
         """F32 [r, K]."""

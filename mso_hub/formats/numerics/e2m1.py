@@ -41,6 +41,23 @@ def unpack(packed: npt.NDArray[np.uint8], steps: npt.NDArray[np.float32], values
     return narrow(out, dtype) if dtype == "F16" else out
 
 
+def column_weights(importance: Array | None, columns: int, search: str) -> npt.NDArray[np.float64]:
+    """Weights of columns as the searches take them, empty for None; ValueError for what cannot be weights.
+
+    importance  [columns] finite numbers >= 0
+    """
+    if importance is None:
+        return np.empty(0, np.float64)
+    weights = np.ascontiguousarray(importance, np.float64)
+    if search != "mse":
+        raise ValueError(f"importance needs the search 'mse', got {search!r}")
+    if weights.shape != (columns,) or not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError(
+            f"importance must be {columns} finite numbers >= 0, one for each column, got {list(weights.shape)}"
+        )
+    return weights
+
+
 def readonly(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Flat view that may not be written: one compiled kernel for every caller, see `floats.flat_bits`."""
     flat = np.ascontiguousarray(codes).reshape(-1)
@@ -109,6 +126,33 @@ def squared_errors(lanes: Array, steps: Array, errors: Array) -> None:
         for b in range(blocks):
             error = np.float64(column[b] - nearest(column[b] / steps[b]) * steps[b])
             errors[b] += error * error
+
+
+@kernel
+def column_lanes(importance: Array, start: int, lanes: Array, size: int) -> None:
+    """Weights of the columns of some blocks, in the order of `to_lanes`.
+
+    importance  float64 [cols], cols a multiple of `size`; the first block begins `start` numbers into a matrix
+    lanes       float64 [size * n]
+    """
+    blocks = lanes.size // size
+    for b in range(blocks):
+        first = (start + size * b) % importance.size
+        for j in range(size):
+            lanes[j * blocks + b] = importance[first + j]
+
+
+@kernel
+def weighted_errors(lanes: Array, weights: Array, steps: Array, errors: Array) -> None:
+    """As `squared_errors`, every square times the weight of its column; weights come from `column_lanes`."""
+    blocks = steps.size
+    for b in range(blocks):
+        errors[b] = 0.0
+    for j in range(lanes.size // blocks):
+        column, weight = lanes[j * blocks : (j + 1) * blocks], weights[j * blocks : (j + 1) * blocks]
+        for b in range(blocks):
+            error = np.float64(column[b] - nearest(column[b] / steps[b]) * steps[b])
+            errors[b] += error * error * weight[b]
 
 
 @kernel

@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from mso_hub.formats.numerics.e2m1 import column_weights
 from mso_hub.formats.numerics.floats import PRECISION, Array, amax, flat_bits, load_f16, load_f32, round_f32, storage
 from mso_hub.formats.numerics.integer import words_per_row
 from mso_hub.formats.numerics.integer_search import (
@@ -49,6 +50,7 @@ def encode(
     symmetric: bool,
     scale_dtype: str,
     search: str = "absmax",
+    importance: npt.NDArray[np.float64] | None = None,
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int8] | None]:
     """Quantize a matrix in groups of columns.
 
@@ -60,6 +62,8 @@ def encode(
     search       a group that some scale reproduces exactly gets that scale. Otherwise "absmax": the scale above;
                  "mse": of that scale and `grid`, the one with the smallest sum of (w - dequantized)**2; the differences
                  are float32, the sum is float64 in 16 lanes, ties go to the first
+    importance   [cols] numbers >= 0, only with "mse": the squares are multiplied by that of their column, the sum is in
+                 column order; the best scale is then fitted to its codes, sum(w x c) / sum(w c**2), while that helps
     returns      codes int8 [rows, cols], scale float32 [rows, groups] rounded to scale_dtype, zero_point int8
                  [rows, groups] or None
     direction    the scale multiplies: w ~= (code - zero_point) * scale
@@ -82,10 +86,11 @@ def encode(
     storage(scale_dtype)
     codes = np.empty((rows, cols), np.int8)
     scale, zero_point = np.empty((rows, cols // size), np.float32), np.empty((rows, cols // size), np.int8)
+    weights = column_weights(importance, cols, search)
     tried = grid(bits, size, symmetric=symmetric) if search == "mse" else np.empty(0, np.float32)
     options = (bits, symmetric, PRECISION[dtype], PRECISION[scale_dtype])
     out = (codes.reshape(-1).view(np.uint8), scale.reshape(-1), zero_point.reshape(-1))
-    bad = _encode(flat_bits(values, dtype), size, options, np.float32(_EPS[scale_dtype]), tried, *out)
+    bad = _encode(flat_bits(values, dtype), size, options, np.float32(_EPS[scale_dtype]), tried, weights, *out)
     if bad >= 0:
         row, group = divmod(bad, cols // size)
         part = values[row, group * size : (group + 1) * size]
@@ -183,10 +188,12 @@ def _decode(codes: Array, scale: Array, zero_point: Array, precision: int, y: Ar
 
 @kernel
 def _choose(
-    x: Array, size: int, options: tuple[int, bool, int, int], eps: np.float32, tried: Array, scales: Array, kinds: Array
-) -> int:
+    x: Array, size: int, options: tuple[int, bool, int, int], eps: np.float32, tried: Array, weights: Array, first: int,
+    scales: Array, kinds: Array,
+) -> int:  # fmt: skip
     """Fill scales [2, groups], scales and zero points, for the groups of `size` numbers in x [n] float32.
 
+    weights         float64 [cols], empty for equal ones; the first group is number `first` of the matrix
     kinds [groups]  _ZERO, _EXACT or _ROUNDED
     Returns the first group whose scale cannot be stored, or -1.
     """
@@ -204,7 +211,8 @@ def _choose(
             if tried.size:
                 for i in range(size):
                     padded[i] = x[begin + i]
-                chosen = best(padded, ends, *options, tried, lanes)
+                column = (first + group) * size % max(1, weights.size)
+                chosen = best(padded, weights[column : column + size], ends, *options, tried, lanes)
             else:
                 chosen = scale_over(span(ends[0], ends[1], options[0], options[1]), ends[0], *options)
         if chosen[0] == 0:
@@ -249,6 +257,7 @@ def _encode(
     options: tuple[int, bool, int, int],
     eps: np.float32,
     tried: Array,
+    weights: Array,
     codes: Array,
     scale: Array,
     zero_point: Array,
@@ -256,6 +265,7 @@ def _encode(
     """Fill codes [n], scale and zero_point [n / size] from bits_in [n], some groups at a time.
 
     options  bits, symmetric, precision, precision of scales
+    weights  float64 [cols], of squared errors; empty for equal ones
     Returns the first group whose scale cannot be stored, or -1.
     """
     bits, _, precision, _ = options
@@ -267,7 +277,7 @@ def _encode(
         n, first, to = stop - start, start // size, codes[start:stop]
         x, y, s, z = buffers[0, :n], buffers[1, :n], buffers[2, :n], buffers[3, :n]
         _load(bits_in[start:stop], precision, x.view(np.uint32))
-        bad = _choose(x, size, options, eps, tried, scales, kinds)
+        bad = _choose(x, size, options, eps, tried, weights, first, scales, kinds)
         if bad >= 0:
             return first + bad
         _spread(scales[0], size, s)

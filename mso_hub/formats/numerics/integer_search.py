@@ -23,6 +23,7 @@ import numpy as np
 from mso_hub.formats.numerics.floats import Array, next_f32, round_f32
 from mso_hub.formats.numerics.kernel import kernel
 
+_FITS = 4
 LANES = 16
 """Sums of squared errors run in this many lanes: element i of a group adds to lane i % 16."""
 BIG = np.float32(1.5 * 2.0**23)
@@ -301,8 +302,53 @@ def _squared_error(x: Array, scale: np.float32, zero_point: np.float32, bits: in
 
 
 @kernel
+def _weighted_error(x: Array, weights: Array, scale: np.float32, zero_point: np.float32, bits: int) -> float:
+    """Sum of squared errors of x, each times its weight (float64), in column order."""
+    lowest = np.float32(-(1 << (bits - 1)))
+    highest = np.float32(-lowest - np.float32(1))
+    total = 0.0
+    for i in range(weights.size):
+        y = np.float32(np.float32(x[i] / scale) + zero_point)
+        code = np.float32(np.float32(min(max(y, lowest), highest) + BIG) - BIG)
+        error = np.float64(x[i] - np.float32(np.float32(code - zero_point) * scale))
+        total += error * error * weights[i]
+    return total
+
+
+@kernel
+def _error(x: Array, weights: Array, scale: np.float32, zero_point: np.float32, bits: int, lanes: Array) -> float:
+    """Sum of squared errors, weighted where there are weights."""
+    if weights.size:
+        return _weighted_error(x, weights, scale, zero_point, bits)
+    return _squared_error(x, scale, zero_point, bits, lanes)
+
+
+@kernel
+def _fitted(
+    x: Array, weights: Array, chosen: tuple[np.float32, np.float32], bits: int, precision: int, scale_precision: int
+) -> tuple[np.float32, np.float32]:
+    """The scale that suits the codes under `chosen` best, with the same zero point: sum(w x c) / sum(w c**2).
+
+    c is code - zero_point. The scale is 0 where it cannot be stored or codes of 0 leave it open.
+    """
+    scale, zero_point = chosen
+    above, below = 0.0, 0.0
+    for i in range(weights.size):
+        steps = np.float64(code_of(x[i], scale, zero_point, bits) - zero_point)
+        above += weights[i] * np.float64(x[i]) * steps
+        below += weights[i] * steps * steps
+    if not (above > 0 and below > 0):
+        return np.float32(0.0), zero_point
+    fitted = round_scale(np.float32(above / below), precision, scale_precision, bits, 0)
+    if not is_positive(fitted) or not _has_finite_ends(fitted, zero_point, bits, precision):
+        return np.float32(0.0), zero_point
+    return fitted, zero_point
+
+
+@kernel
 def best(
     x: Array,
+    weights: Array,
     ends: tuple[np.float32, np.float32, np.float32],
     bits: int,
     symmetric: bool,
@@ -313,16 +359,19 @@ def best(
 ) -> tuple[np.float32, np.float32]:
     """Of the scales of a grid, and their zero points, those with the least sum of squared errors; first of equals.
 
-    x      the group, filled up with zeros to a multiple of 16, which have no error
-    tried  see `grid`
-    lanes  scratch, float64 [16]
+    With weights, the scale is then fitted to its codes as long as that helps.
+
+    x        the group, filled up with zeros to a multiple of 16, which have no error
+    weights  float64, one for each of its numbers, empty for equal ones
+    tried    see `grid`
+    lanes    scratch, float64 [16]
     """
     low, high, _ = ends
     chosen = scale_over(span(low, high, bits, symmetric), low, bits, symmetric, precision, scale_precision)
     if chosen[0] == 0:
         return chosen
     most, used = max(high, np.float32(-low)), np.float32((1 << (bits - 1)) - 1)
-    least, last = _squared_error(x, chosen[0], chosen[1], bits, lanes), chosen
+    least, last = _error(x, weights, chosen[0], chosen[1], bits, lanes), chosen
     for k in range(tried.size):
         value, end = np.float32(most / tried[k]), low
         if not symmetric:
@@ -333,7 +382,15 @@ def best(
         if now == last or now[0] < _SMALLEST[precision] or (symmetric and rint(np.float32(most / now[0])) < used):
             continue
         last = now
-        error = _squared_error(x, now[0], now[1], bits, lanes)
+        error = _error(x, weights, now[0], now[1], bits, lanes)
         if error < least:
             least, chosen = error, now
+    for _ in range(_FITS if weights.size else 0):
+        now = _fitted(x, weights, chosen, bits, precision, scale_precision)
+        if now[0] < _SMALLEST[precision] or (symmetric and rint(np.float32(most / now[0])) < used):
+            break
+        error = _error(x, weights, now[0], now[1], bits, lanes)
+        if error >= least:
+            break
+        least, chosen = error, now
     return chosen

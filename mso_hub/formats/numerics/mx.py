@@ -36,12 +36,15 @@ from mso_hub.formats.numerics.e2m1 import (
     RUN,
     SIGNED_ZERO,
     TILE,
+    column_lanes,
+    column_weights,
     magnitude_code,
     pack,
     readonly,
     squared_errors,
     to_lanes,
     unpack,
+    weighted_errors,
 )
 from mso_hub.formats.numerics.floats import (
     E8M0,
@@ -66,7 +69,7 @@ _ONE = np.float32(1)
 
 
 def encode_mxfp4(
-    values: Array, dtype: str, *, search: str = "absmax"
+    values: Array, dtype: str, *, search: str = "absmax", importance: npt.NDArray[np.float64] | None = None
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Quantize a matrix to MXFP4.
 
@@ -75,6 +78,8 @@ def encode_mxfp4(
                (w - dequantized)**2 is smaller; the differences are float32, the sum is float64 in column order. No
                other can win: a larger exponent has no code that this one lacks, two below cut off more than
                all other numbers of the block can gain
+    importance [cols] numbers >= 0, only with "mse": the squares are multiplied by that of their column, and the
+               exponent two below is tried too
     returns    packed uint8 [rows, cols/2], scale uint8 [rows, cols/32] (E8M0)
     direction  the scale multiplies: code = rne_e2m1(w / 2**(scale - 127)), 7 or 15 beyond +-5
     source     absmax: compressed-tensors 0.20 generate_mx_scales and quantize_and_pack_fp4, but for the code of -0.0
@@ -84,7 +89,8 @@ def encode_mxfp4(
     rows, cols = values.shape
     packed = np.empty((rows, cols // 2), np.uint8)
     scale = np.empty((rows, cols // GROUP_SIZE), np.uint8)
-    _encode_mxfp4(flat_bits(values, dtype), search == "mse", packed.reshape(-1), scale.reshape(-1))
+    weights = column_weights(importance, cols, search)
+    _encode_mxfp4(flat_bits(values, dtype), search == "mse", weights, packed.reshape(-1), scale.reshape(-1))
     return packed, scale
 
 
@@ -229,11 +235,29 @@ def _lower(lanes: Array, scale: Array) -> None:
 
 
 @kernel
-def _encode_mxfp4(bits: Array, search: bool, packed: Array, scale: Array) -> None:
-    """Fill packed [n/2] and scale [n/32] from bits [n]."""
+def _lower_weighted(lanes: Array, weights: Array, scale: Array) -> None:
+    """Lower the exponent of each block by one or two where that makes the weighted squared error smaller."""
+    steps = np.empty(scale.size, np.float32)
+    best = np.empty(scale.size, np.float64)
+    errors = np.empty(scale.size, np.float64)
+    first = scale.copy()
+    for down in range(3):
+        for b in range(scale.size):
+            steps[b] = E8M0[max(int(first[b]) - down, 0)]
+        weighted_errors(lanes, weights, steps, errors)
+        for b in range(scale.size):
+            if down == 0 or errors[b] < best[b]:
+                best[b] = errors[b]
+                scale[b] = max(int(first[b]) - down, 0)
+
+
+@kernel
+def _encode_mxfp4(bits: Array, search: bool, importance: Array, packed: Array, scale: Array) -> None:
+    """Fill packed [n/2] and scale [n/32] from bits [n]; importance float64 [cols], empty for equal weights."""
     x = np.empty(TILE, np.uint32)
     q = np.empty(TILE, np.uint8)
     lanes = np.empty(TILE, np.float32)
+    wide = np.empty(TILE if importance.size else 0, np.float64)
     for start in range(0, bits.size, TILE):
         stop = min(start + TILE, bits.size)
         n = stop - start
@@ -243,7 +267,11 @@ def _encode_mxfp4(bits: Array, search: bool, packed: Array, scale: Array) -> Non
         _scales(x[:n], np.uint32(0x200000), 2, exponents)  # f >= 1.75
         if search:
             to_lanes(values, lanes[:n], 32)
-            _lower(lanes[:n], exponents)
+            if importance.size:
+                column_lanes(importance, start, wide[:n], 32)
+                _lower_weighted(lanes[:n], wide[:n], exponents)
+            else:
+                _lower(lanes[:n], exponents)
         _divide(values, exponents)
         for i in range(n):
             q[i] = magnitude_code(abs(values[i])) | (np.uint8(x[i] >> np.uint32(28)) & np.uint8(8))

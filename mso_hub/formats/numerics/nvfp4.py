@@ -18,7 +18,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from mso_hub.formats.numerics.e2m1 import E2M1_MAX, PLAIN_ZERO, RUN, SIGNED_ZERO, unpack
+from mso_hub.formats.numerics.e2m1 import E2M1_MAX, PLAIN_ZERO, RUN, SIGNED_ZERO, column_weights, unpack
 from mso_hub.formats.numerics.floats import E4M3, Array, flat_bits, widen
 from mso_hub.formats.numerics.nvfp4_search import (
     E4M3_MAX,
@@ -72,7 +72,12 @@ def power_scale(amax: float) -> np.float32:
 
 
 def encode(
-    values: Array, dtype: str, global_scale: np.float32, *, search: str = "absmax"
+    values: Array,
+    dtype: str,
+    global_scale: np.float32,
+    *,
+    search: str = "absmax",
+    importance: npt.NDArray[np.float64] | None = None,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Quantize a matrix: codes and block scales for one given global scale.
 
@@ -86,6 +91,7 @@ def encode(
                   with code 126 keeps it. "four_over_six": that code, or that of amax_block / (4 *
                   global_scale) where its sum is smaller. "power": 2**ceil(log2(amax_block / 6)) where
                   that is a scale that loses nothing, otherwise as "mse".
+    importance    [cols] numbers >= 0, only with "mse": the squares are multiplied by that of their column
     returns       packed uint8 [rows, cols/2], weight_scale uint8 [rows, cols/16] (E4M3 bits)
     direction     both scales multiply: code = rne_e2m1(w / (weight_scale * global_scale))
     stable        encoding what `decode` gives, in any dtype in which it is normal and with the global
@@ -110,9 +116,11 @@ def encode(
     scale = np.empty((rows, cols // GROUP_SIZE), np.uint8)
     bits, factor = flat_bits(values, dtype), np.float32(global_scale)
     if search == "absmax":
+        column_weights(importance, cols, search)
         encode_absmax(bits, factor, packed.reshape(-1), scale.reshape(-1))
     else:
-        encode_searched(bits, factor, _SEARCHED[search], packed.reshape(-1), scale.reshape(-1))
+        weights = column_weights(importance, cols, search)
+        encode_searched(bits, factor, _SEARCHED[search], weights, packed.reshape(-1), scale.reshape(-1))
     return packed, scale
 
 

@@ -31,11 +31,13 @@ import numpy as np
 from mso_hub.formats.numerics.e2m1 import (
     E2M1_MAX,
     TILE,
+    column_lanes,
     magnitude_code,
     nearest,
     pack,
     squared_errors,
     to_lanes,
+    weighted_errors,
 )
 from mso_hub.formats.numerics.floats import E4M3, Array, e4m3_from_f32, load_f32
 from mso_hub.formats.numerics.kernel import kernel
@@ -111,7 +113,16 @@ def _lift_zeros(largest: Array, global_scale: np.float32, codes: Array) -> None:
 
 
 @kernel
-def _best_of_nine(lanes: Array, largest: Array, global_scale: np.float32, codes: Array) -> None:
+def _errors(lanes: Array, weights: Array, steps: Array, errors: Array) -> None:
+    """Squared errors of each block, weighted where there are weights."""
+    if weights.size:
+        weighted_errors(lanes, weights, steps, errors)
+    else:
+        squared_errors(lanes, steps, errors)
+
+
+@kernel
+def _best_of_nine(lanes: Array, weights: Array, largest: Array, global_scale: np.float32, codes: Array) -> None:
     """Replace each absmax code in codes [n] by the best of its neighbours."""
     _lift_zeros(largest, global_scale, codes)
     first = codes.copy()
@@ -121,7 +132,7 @@ def _best_of_nine(lanes: Array, largest: Array, global_scale: np.float32, codes:
     best = np.empty(codes.size, np.float64)
     errors = np.empty(codes.size, np.float64)
     _steps(codes, global_scale, own)
-    squared_errors(lanes, own, best)
+    _errors(lanes, weights, own, best)
     for offset in _OFFSETS:
         for b in range(codes.size):
             code = min(max(np.int64(first[b]) + offset, 1), _LARGEST)
@@ -132,7 +143,7 @@ def _best_of_nine(lanes: Array, largest: Array, global_scale: np.float32, codes:
             if largest[b] / steps[b] < np.float32(3.5):
                 candidate[b] = first[b]
                 steps[b] = own[b]
-        squared_errors(lanes, steps, errors)
+        _errors(lanes, weights, steps, errors)
         for b in range(codes.size):
             if errors[b] < best[b]:
                 best[b] = errors[b]
@@ -196,7 +207,7 @@ def _powers_or_best(lanes: Array, largest: Array, global_scale: np.float32, code
     exact = np.empty(codes.size, np.uint8)
     _powers(lanes, largest, global_scale, power, exact)
     if not exact.all():
-        _best_of_nine(lanes, largest, global_scale, codes)
+        _best_of_nine(lanes, np.empty(0, np.float64), largest, global_scale, codes)
     for b in range(codes.size):
         if exact[b]:
             codes[b] = power[b]
@@ -232,12 +243,18 @@ def encode_absmax(bits: Array, global_scale: np.float32, packed: Array, scale: A
 
 
 @kernel
-def encode_searched(bits: Array, global_scale: np.float32, search: int, packed: Array, scale: Array) -> None:
-    """The same with MSE, FOUR_OVER_SIX or POWER."""
+def encode_searched(
+    bits: Array, global_scale: np.float32, search: int, importance: Array, packed: Array, scale: Array
+) -> None:
+    """The same with MSE, FOUR_OVER_SIX or POWER.
+
+    importance  float64, a weight for the squared errors of each column of the matrix; empty for equal ones, else MSE
+    """
     x = np.empty(TILE, np.uint32)
     q = np.empty(TILE, np.uint8)
     scratch = np.empty(TILE // 16, np.float32)
     space = np.empty(TILE, np.float32)
+    wide = np.empty(TILE if importance.size else 0, np.float64)
     for start in range(0, bits.size, TILE):
         stop = min(start + TILE, bits.size)
         n = stop - start
@@ -248,7 +265,10 @@ def encode_searched(bits: Array, global_scale: np.float32, search: int, packed: 
         values = x[:n].view(np.float32)
         to_lanes(values, lanes, 16)
         if search == MSE:
-            _best_of_nine(lanes, largest, global_scale, codes)
+            weights = wide[:n]
+            if importance.size:
+                column_lanes(importance, start, weights, 16)
+            _best_of_nine(lanes, weights, largest, global_scale, codes)
         elif search == FOUR_OVER_SIX:
             _best_of_two(lanes, largest, global_scale, codes)
         else:
