@@ -1,0 +1,1 @@
+"""Source + text -> what activations are like: statistics, Hessians, likelihoods; one decoder layer in memory."""
