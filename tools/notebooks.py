@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ FOLDER = ROOT / "notebooks"
 SLUG = "mso-hub/mso_hub"
 """Owner and name of the repository on GitHub."""
 BADGE = "[!["
+
+EXTRAS = {"07": "notebook,devhub,calibrate"}
+"""Number of a notebook -> what it needs, where that is more than others do."""
 
 INSTALL = f"""\
 # Does nothing where mso_hub is installed. Elsewhere (Colab, Kaggle) from a clone, which holds the small model too.
@@ -30,7 +34,7 @@ from pathlib import Path
 found = importlib.util.find_spec("mso_hub")
 if found is None or found.origin is None:  # without origin: only a folder of this name
     !git clone --quiet --depth 1 https://github.com/{SLUG} mso-hub-src
-    %pip install --quiet -e "./mso-hub-src[notebook,devhub]"
+    %pip install --quiet -e "./mso-hub-src[EXTRAS]"
     sys.path.insert(0, str(Path("mso-hub-src").resolve()))"""
 LOGIN = """\
 # On the real Hub: HF_TOKEN, .env, the stored login or Colab's secret; its login form only where there is none of them.
@@ -66,16 +70,17 @@ def titled(text: str, name: str) -> str:
 def rebuilt(text: str, name: str) -> str:
     """A notebook as it belongs into the repository."""
     found = json.loads(text)
-    cells = [cell(number, old) for number, old in enumerate(found["cells"], 1)]
+    fixed = {**FIXED, "install": INSTALL.replace("EXTRAS", EXTRAS.get(name[:2], "notebook,devhub"))}
+    cells = [cell(number, old, fixed) for number, old in enumerate(found["cells"], 1)]
     cells[0]["source"] = titled("".join(cells[0]["source"]), name).splitlines(keepends=True)
     notebook = {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
-def cell(number: int, old: dict[str, Any]) -> dict[str, Any]:
+def cell(number: int, old: dict[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
     """A cell without outputs, in the order of keys that Jupyter writes."""
     tags = old.get("metadata", {}).get("tags", [])
-    fixed = [FIXED[tag] for tag in tags if tag in FIXED]
+    fixed = [sources[tag] for tag in tags if tag in sources]
     source = fixed[0] if fixed else "".join(old["source"]).strip()
     new = {
         "cell_type": old["cell_type"],

@@ -1,12 +1,16 @@
-"""Errors of weights -> a grid of decoder layers by projections."""
+"""Errors of weights, or magnitudes of activations -> a grid of decoder layers by projections."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mso_hub.plan.summary import kind_of
 from mso_hub.verify import TensorError
+
+if TYPE_CHECKING:
+    from mso_hub.calibrate.statistics import Statistics
 
 BANDS = 28
 """Rows of a text table; more layers share a row."""
@@ -16,11 +20,12 @@ OUTSIDE = "-"
 
 @dataclass(frozen=True, slots=True)
 class Heat:
-    """Mean relative squared error (NMSE) of the weights of each layer and projection.
+    """One number for the modules of each layer and projection.
 
     layers  numbers as text, in order; OUTSIDE last
     kinds   `self_attn.q_proj`, `mlp.experts.N.up_proj`, ...
-    cells   (layer, kind) -> mean over the weights there; infinite where one cannot be compared
+    cells   (layer, kind) -> mean relative squared error (NMSE) of the weights there, infinite where one cannot be
+            compared; or the largest magnitude of their inputs
     """
 
     layers: tuple[str, ...]
@@ -28,14 +33,55 @@ class Heat:
     cells: dict[tuple[str, str], float]
 
 
+def mean(values: Sequence[float]) -> float:
+    """Of at least one."""
+    return sum(values) / len(values)
+
+
 def heat_of(errors: Iterable[TensorError]) -> Heat:
     """The grid of all weights that changed."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for error in errors:
-        found.setdefault(place_of(error.name.removesuffix(".weight")), []).append(error.nmse)
-    numbers = sorted({layer for layer, _ in found}, key=lambda layer: (layer == OUTSIDE, len(layer), layer))
-    kinds = dict.fromkeys(kind for _, kind in sorted(found, key=lambda key: key[1]))
-    return Heat(tuple(numbers), tuple(kinds), {key: sum(v) / len(v) for key, v in found.items()})
+    return _gathered(((*place_of(error.name.removesuffix(".weight")), error.nmse) for error in errors), mean)
+
+
+def ranges_of(statistics: Statistics) -> Heat:
+    """The grid of all modules, and of the keys and values of attention: the largest |x| that entered.
+
+    Projections beside each other with the same numbers in every layer share one name: `self_attn.k/q/v_proj`.
+    """
+    from mso_hub.calibrate.scales import by_module
+
+    found = [(*place_of(module), value) for module, value in by_module(statistics)[0].items()]
+    for module, pair in statistics.caches.items():
+        layer, kind = place_of(module)
+        found += [(layer, f"{kind} {what}", value) for what, value in zip(("keys", "values"), pair, strict=True)]
+    heat = _gathered(found, max)
+    columns: dict[tuple[str, tuple[float | None, ...]], list[str]] = {}
+    for kind in heat.kinds:
+        numbers = tuple(heat.cells.get((layer, kind)) for layer in heat.layers)
+        columns.setdefault((kind.rpartition(".")[0], numbers), []).append(kind)
+    names = {same[0]: _joined(same) for same in columns.values()}
+    cells = {(layer, names[kind]): value for (layer, kind), value in heat.cells.items() if kind in names}
+    return Heat(heat.layers, tuple(names.values()), cells)
+
+
+def _joined(kinds: Sequence[str]) -> str:
+    """`attn.k_proj`, `attn.q_proj` -> `attn.k/q_proj`; `mlp.w1`, `mlp.w3` -> `mlp.w1/w3`."""
+    prefix, dot, _ = kinds[0].rpartition(".")
+    leaves = [kind.rpartition(".")[2] for kind in kinds]
+    ends = {leaf.partition("_")[2] for leaf in leaves}
+    if len(ends) > 1 or "" in ends:
+        return prefix + dot + "/".join(leaves)
+    return f"{prefix}{dot}{'/'.join(leaf.partition('_')[0] for leaf in leaves)}_{ends.pop()}"
+
+
+def _gathered(found: Iterable[tuple[str, str, float]], merge: Callable[[list[float]], float]) -> Heat:
+    """(layer, kind, value) of each module -> the grid."""
+    cells: dict[tuple[str, str], list[float]] = {}
+    for layer, kind, value in found:
+        cells.setdefault((layer, kind), []).append(value)
+    numbers = sorted({layer for layer, _ in cells}, key=lambda layer: (layer == OUTSIDE, len(layer), layer))
+    kinds = dict.fromkeys(kind for _, kind in sorted(cells, key=lambda key: (key[0] == OUTSIDE, key[1])))
+    return Heat(tuple(numbers), tuple(kinds), {key: merge(values) for key, values in cells.items()})
 
 
 def place_of(module: str) -> tuple[str, str]:
@@ -47,8 +93,8 @@ def place_of(module: str) -> tuple[str, str]:
     return str(int(parts[at])), kind_of(".".join(parts[at + 1 :]))
 
 
-def banded(heat: Heat, most: int = BANDS) -> Heat:
-    """The grid with at most `most` rows: neighbouring layers share one, which has the mean of theirs."""
+def banded(heat: Heat, most: int = BANDS, merge: Callable[[list[float]], float] = mean) -> Heat:
+    """The grid with at most `most` rows: neighbouring layers share one, which has their mean, or what `merge` says."""
     inside = [layer for layer in heat.layers if layer != OUTSIDE]
     step = -(-len(inside) // max(1, most - 1))
     if len(heat.layers) <= most or step < 2:
@@ -61,7 +107,7 @@ def banded(heat: Heat, most: int = BANDS) -> Heat:
         for kind in heat.kinds:
             values = [heat.cells[layer, kind] for layer in some if (layer, kind) in heat.cells]
             if values:
-                cells[label, kind] = sum(values) / len(values)
+                cells[label, kind] = merge(values)
     if OUTSIDE in heat.layers:
         layers.append(OUTSIDE)
         cells |= {key: value for key, value in heat.cells.items() if key[0] == OUTSIDE}

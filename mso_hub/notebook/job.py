@@ -27,7 +27,7 @@ from mso_hub.notebook.plan import PlanView, duration, plan_parts, view_of
 from mso_hub.notebook.report import ReportView, view_report
 from mso_hub.notebook.settings import read_settings
 from mso_hub.notebook.track import Checking, Track
-from mso_hub.notebook.views import View, Watch, check_kind, open_view, show
+from mso_hub.notebook.views import View, Watch, check_kind, open_view, show, without_bars
 from mso_hub.pausable import Pausable
 from mso_hub.pipeline import convert, make_plan
 from mso_hub.plan import Plan, Recipe
@@ -51,7 +51,9 @@ class Job:
     client    connection for Hub addresses; by default one with the user's own login
     progress  auto, widgets, text or none
     words     fields of Recipe (layout, mode, targets, ignore, text_only, ...); fresh, private, branch, create_pr,
-              journal_branch and base_model for the output; workers, memory (bytes) and device for the engine
+              journal_branch and base_model for the output; workers, memory (bytes) and device for the engine;
+              stats: activation scales from statistics of this source (a file, or what `calibrate` returns: nvfp4 is
+              W4A4 then), headroom: a factor on them
     paused    was the last run stopped before its end?
     where     page or folder of the output, once a run ended well
     Raises RecipeError for words that mean nothing or contradict each other.
@@ -62,6 +64,7 @@ class Job:
         recipe: Recipe | str | Path | None = None, client: Client | None = None, progress: str = "auto", **words: Any,
     ) -> None:  # fmt: skip
         with one_sentence():
+            without_bars()
             self._settings = read_settings(scheme, recipe, words)
             self._settings.require_place(str(dst))
             self.progress = check_kind(progress)
@@ -81,10 +84,14 @@ class Job:
 
     @property
     def recipe(self) -> Recipe:
-        """What was asked for, as a Recipe; a recipe file is read once."""
+        """What was asked for, as a Recipe; a recipe file and statistics are read once."""
         with one_sentence():
             if self._recipe is None:
-                self._recipe = self._settings.build()
+                recipe = self._settings.build()
+                if self._settings.stats is not None:
+                    with closing(self._source()) as source:
+                        recipe = self._settings.measured(recipe, source)
+                self._recipe = recipe
             return self._recipe
 
     @property

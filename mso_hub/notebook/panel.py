@@ -13,7 +13,7 @@ from mso_hub.hub import Client, is_address
 from mso_hub.hub.search import search_models
 from mso_hub.notebook.job import PAUSED, Job
 from mso_hub.notebook.panes import Heading, Line, Pane, clean
-from mso_hub.notebook.views import FIELDS, MISSING, Widgets, display_widget, has_widgets
+from mso_hub.notebook.views import FIELDS, MISSING, Widgets, display_widget, has_widgets, without_bars
 from mso_hub.plan.recipe import LAYOUTS
 
 WIDE = {"width": "auto", "flex": "1 1 auto"}
@@ -33,6 +33,7 @@ def panel(src: str = "", dst: str = "", *, client: Client | None = None) -> Pane
     Without ipywidgets: the same as lines of code, to be copied.
     client  connection for the search and for Hub addresses; by default one with the user's own login
     """
+    without_bars()
     if has_widgets():
         return Panel(src, dst, client)
     lines = [Line(line) for line in INSTEAD]

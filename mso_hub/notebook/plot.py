@@ -22,6 +22,8 @@ TICKS = 40
 """Layers that are named beside the grid at most."""
 SPELLED = (12, 8)
 """Layers and projections of a grid whose cells say their numbers."""
+NARROW, WHOLE = (1, 2, 5), (1,)
+"""Ticks of a decade, for numbers that are near each other and for others."""
 DPI = 160
 """Sharp on screens that have two pixels for one of the page."""
 SMALL, LARGE = 9.0, 10.0
@@ -40,7 +42,7 @@ def has_matplotlib() -> bool:
 def draw(heat: Heat, sizes: Sequence[tuple[str, int, int]], title: str) -> Figure:
     """A heat map of layers by projections, and bars of the sizes before and after."""
     figure, (left, right) = _figure(min(14.0, max(3.6, 1.9 + 0.2 * len(heat.layers))), (2.2, 1.0))
-    _grid(figure, left, heat)
+    _grid(figure, left, heat, "mean error, % of the squared weights", 100)
     _sizes(right, sizes)
     return _titled(figure, title)
 
@@ -77,27 +79,31 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _grid(figure: Figure, axes: Any, heat: Heat) -> None:
-    rows = [[100 * heat.cells.get((layer, kind), math.nan) for kind in heat.kinds] for layer in heat.layers]
-    finite = [[value if math.isfinite(value) else math.nan for value in row] for row in rows]
-    image = axes.imshow(finite, aspect="auto", cmap="viridis", interpolation="nearest")
+def _grid(figure: Figure, axes: Any, heat: Heat, title: str, factor: float = 1, *, log: bool = False) -> None:
+    """Layers down, projections across; `log`: colours by the logarithm, of what is above 0."""
+    rows = [[factor * heat.cells.get((layer, kind), math.nan) for kind in heat.kinds] for layer in heat.layers]
+    finite = [[value if math.isfinite(value) and (value > 0 or not log) else math.nan for value in row] for row in rows]
+    norm = "log" if log else "linear"
+    image = axes.imshow(finite, aspect="auto", cmap="viridis", interpolation="nearest", norm=norm)
     axes.set_xticks(range(len(heat.kinds)), [_plain(cut(kind, 28)) for kind in heat.kinds], rotation=35, ha="right")
     step = -(-len(heat.layers) // TICKS)
     shown = range(0, len(heat.layers), step or 1)
     axes.set_yticks(shown, [heat.layers[at] for at in shown])
     axes.set_ylabel("layer", color=INK, fontsize=SMALL)
-    axes.set_title("mean error, % of the squared weights", color=INK, fontsize=LARGE)
+    axes.set_title(title, color=INK, fontsize=LARGE)
     if len(heat.layers) <= SPELLED[0] and len(heat.kinds) <= SPELLED[1]:
-        _spell(axes, finite)
+        _spell(axes, finite, log=log)
     bar = figure.colorbar(image, ax=axes)
+    if log:
+        _said(bar.ax.yaxis, NARROW)
     for part in (axes, bar.ax):
         _ink(part)
 
 
-def _spell(axes: Any, rows: Sequence[Sequence[float]]) -> None:
+def _spell(axes: Any, rows: Sequence[Sequence[float]], *, log: bool = False) -> None:
     """The number of each cell, with three digits in the largest, dark on the bright half of the colours."""
     known = [value for row in rows for value in row if math.isfinite(value)] or [0.0]
-    middle = (min(known) + max(known)) / 2
+    middle = math.sqrt(min(known) * max(known)) if log else (min(known) + max(known)) / 2
     digits = max(0, 2 - math.floor(math.log10(max(known)))) if max(known) > 0 else 0
     for y, row in enumerate(rows):
         for x, value in enumerate(row):
@@ -120,7 +126,7 @@ def _sizes(axes: Any, sizes: Sequence[tuple[str, int, int]]) -> None:
 
 
 def _ink(axes: Any) -> None:
-    axes.tick_params(colors=INK, labelsize=SMALL)
+    axes.tick_params(which="both", colors=INK, labelsize=SMALL)
     for spine in axes.spines.values():
         spine.set_color(INK)
 
@@ -144,3 +150,55 @@ def draw_formats(rows: Sequence[tuple[str, float, float, int]], title: str) -> F
         axes.patch.set_alpha(0.0)
         _ink(axes)
     return _titled(figure, title)
+
+
+def draw_ranges(heat: Heat, title: str) -> Figure:
+    """A heat map of the largest |x| by layers and projections, and how far each projection's layers lie apart."""
+    height = min(14.0, max(3.6, 1.9 + 0.2 * len(heat.layers)))
+    figure, (left, right) = _figure(height, (1.6, 1.0))
+    _grid(figure, left, heat, "largest |x| that entered", log=True)
+    for at, kind in enumerate(heat.kinds):
+        values = [heat.cells[layer, kind] for layer in heat.layers if heat.cells.get((layer, kind), 0.0) > 0]
+        if values:
+            right.plot([min(values), max(values)], [at, at], color=f"C{at % 10}", linewidth=2)
+            right.plot(values, [at] * len(values), "o", color=f"C{at % 10}", markersize=5)
+    right.set_yticks(range(len(heat.kinds)), [_plain(cut(kind, 28)) for kind in heat.kinds])
+    right.invert_yaxis()
+    _amounts(right, "from layer to layer", NARROW)
+    return _titled(figure, title)
+
+
+def draw_evaluations(rows: Sequence[tuple[str, float, float | None, float]], title: str) -> Figure:
+    """Label, KL divergence with its standard error, and share of equal first choices of each -> two bar charts."""
+    figure, (left, right) = _figure(max(2.4, 1.2 + 0.35 * len(rows)), (1.2, 1.0))
+    names = [_plain(cut(label, 32)) for label, *_ in rows]
+    colours = [f"C{at % 10}" for at in range(len(rows))]
+    spread = [error or 0.0 for _, _, error, _ in rows]
+    left.barh(names, [kl for _, kl, _, _ in rows], xerr=spread, color=colours, ecolor=INK)
+    left.invert_yaxis()
+    _amounts(left, "KL divergence, nats a token", WHOLE if all(kl > 0 for _, kl, _, _ in rows) else ())
+    right.barh(names, [100 * share for *_, share in rows], color=colours)
+    right.invert_yaxis()
+    right.set_yticks([])
+    right.set_xlim(0, 100)
+    _amounts(right, "same first choice, %", ())
+    return _titled(figure, title)
+
+
+def _amounts(axes: Any, title: str, steps: Sequence[int]) -> None:
+    """The axis of numbers: logarithmic where there are `steps` of a decade."""
+    if steps:
+        axes.set_xscale("log")
+        _said(axes.xaxis, steps)
+    axes.set_title(title, color=INK, fontsize=LARGE)
+    axes.patch.set_alpha(0.0)
+    _ink(axes)
+
+
+def _said(axis: Any, steps: Sequence[int]) -> None:
+    """Ticks of a logarithmic axis as numbers, not as powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter("")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -146,17 +146,26 @@ def errors_parts(report: Report) -> list[Part]:
     ]  # fmt: skip
 
 
-def grid(heat: Heat) -> list[Part]:
-    """Errors in percent, layers down, projections across; as many tables as 80 columns need."""
+def _in_percent(error: float) -> str:
+    return f"{100 * error:.4f}"
+
+
+def grid(
+    heat: Heat,
+    title: str = "mean error in % by layer and projection",
+    said: Callable[[float], str] = _in_percent,
+    width: int = CELL,
+) -> list[Part]:
+    """Layers down, projections across; as many tables as 80 columns need."""
     first = max(map(len, heat.layers), default=1)
-    across = max(1, (COLUMNS - max(first, len("layer"))) // (CELL + 2))
+    across = max(1, (COLUMNS - max(first, len("layer"))) // (width + 2))
     tables: list[Part] = []
     for at in range(0, len(heat.kinds), across):
         some = heat.kinds[at : at + across]
         rows = [
-            (layer, *(f"{100 * heat.cells[layer, kind]:.4f}" if (layer, kind) in heat.cells else "" for kind in some))
+            (layer, *(said(heat.cells[layer, kind]) if (layer, kind) in heat.cells else "" for kind in some))
             for layer in heat.layers
             if any((layer, kind) in heat.cells for kind in some)
         ]
-        tables.append(Table(("layer", *some), rows, "mean error in % by layer and projection"))
+        tables.append(Table(("layer", *some), rows, title))
     return tables

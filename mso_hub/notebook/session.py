@@ -15,7 +15,6 @@ import atexit
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from mso_hub.hub.devhub import DevHub
 from mso_hub.hub.devhub.seed import connect, seed
 from mso_hub.notebook.job import one_sentence
 from mso_hub.notebook.panes import Heading, Line, Part, bundle, pane_text
+from mso_hub.notebook.views import without_bars
 
 HANDOVER = 15.0
 """Seconds that the embedded Hub of a kernel that was restarted has to end."""
@@ -111,7 +111,7 @@ def use_hub(where: str | Path) -> Session:
     embedded Hub cannot start; HubError where the Hub does not know the token.
     """
     with one_sentence():
-        _without_bars()
+        without_bars()
         if str(where).startswith(("https://", "http://")):
             return _real(str(where).rstrip("/"))
         return _own(Path(where))
@@ -203,15 +203,6 @@ def _log_in(endpoint: str) -> None:
 def _loaded() -> Any:
     """The client's settings."""
     return sys.modules["huggingface_hub.constants"]
-
-
-def _without_bars() -> None:
-    """Import tqdm as the Hub's client does: without ipywidgets it warns in a kernel that its bars will be text."""
-    from tqdm import TqdmWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TqdmWarning)
-        import tqdm.auto  # noqa: F401
 
 
 @contextmanager

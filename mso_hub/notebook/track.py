@@ -12,10 +12,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mso_hub.events import (
+    BatchDone,
+    Calibrated,
+    Calibrating,
     CheckReady,
     Committing,
+    Evaluated,
     Event,
     Hashed,
+    LayerDone,
+    MethodDone,
     Moved,
     PlanReady,
     Published,
@@ -30,11 +36,15 @@ from mso_hub.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One bar: bytes or files."""
+    """One bar: bytes, files or tokens.
+
+    said  how far it is, in words, where these are not bytes
+    """
 
     name: str
     done: int
     total: int
+    said: str = ""
 
     @property
     def share(self) -> float:
@@ -47,7 +57,7 @@ class Snapshot:
     """What is going on now.
 
     state   in words: reading headers, encoding, finalizing, ...
-    rate    source bytes a second of this run; 0 while there is none
+    rate    source bytes a second of this run, or what `unit` says; 0 while there is none
     left    seconds; None while that is not known
     memory  resident bytes of this process; 0 where the system does not tell
     """
@@ -58,6 +68,7 @@ class Snapshot:
     rate: float
     left: float | None
     memory: int
+    unit: str = ""
 
 
 class Tracking(Protocol):
@@ -174,3 +185,63 @@ class Checking:
         bars = [Progress("hash", self._hashed, ready.hashed)] if ready.hashed else []
         bars.append(Progress("check", self._compared, ready.compared))
         return Snapshot(tuple(bars), self._state, spent, rate, left, resident())
+
+
+class Walking:
+    """Listener of models that run over text, one decoder layer after the other."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._began = clock, clock()
+        self._started, self.peak = 0.0, 0
+        self._layers = self._kept = self._done = self._tokens = self._seen = 0
+        self._state, self._waiting_until, self._why = "reading headers and text", 0.0, ""
+        self._lock = threading.Lock()
+
+    def __call__(self, event: Event) -> None:
+        """Take note of an event."""
+        with self._lock:
+            self._note(event)
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Calibrating):
+            self._layers, self._tokens, self._kept, self._done = event.layers, event.tokens, event.done, event.done
+            self._started, self._state = self._clock(), "running the model"
+        elif isinstance(event, BatchDone):
+            self._seen = min(self._seen + event.tokens, self._tokens)
+        elif isinstance(event, LayerDone):
+            if self._kept == self._done < event.index:  # the first of this run, an earlier one did those before it
+                self._kept = event.index
+            self._layers, self._tokens, self._done, self._seen = event.layers, event.tokens, event.index + 1, 0
+        elif isinstance(event, Calibrated | Evaluated | MethodDone):
+            self._layers = self._done = max(1, self._layers)
+            self._seen = 0
+        elif isinstance(event, Waiting):
+            self._waiting_until = self._clock() + event.seconds
+            self._why = f"waiting for the Hub, {event.why}"
+
+    def end(self, state: str) -> None:
+        """Say how it ended."""
+        with self._lock:
+            self._state, self._waiting_until = state, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._clock() - self._began
+
+    def snapshot(self) -> Snapshot:
+        """How far it is; the rate is that of tokens through all layers."""
+        memory = resident()
+        with self._lock:
+            self.peak = max(self.peak, memory)
+            now, every = self._clock(), max(1, self._tokens)
+            running = self._layers > self._done and self._state == "running the model"
+            share = self._tokens / max(1, self._layers)
+            passed = (self._done - self._kept + self._seen / every) * share
+            rate = passed / (now - self._started) if self._started and now > self._started else 0.0
+            left = (self._layers - self._done - self._seen / every) * share / rate if running and rate else None
+            bars = [Progress("layers", self._done, self._layers, f"{self._done:,} of {self._layers:,}")]
+            if running:
+                bars.append(Progress("text", self._seen, every, f"{self._seen:,} of {every:,} tokens"))
+            state = self._why if now < self._waiting_until else self._state
+        return Snapshot(tuple(bars) if self._layers else (), state, now - self._began, rate, left, memory, "tokens")

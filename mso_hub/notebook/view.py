@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mso_hub.assess import Choice
+from mso_hub.calibrate.statistics import Statistics
 from mso_hub.checkpoint import Checkpoint
 from mso_hub.display import inspect_dict
 from mso_hub.errors import MsoError, RecipeError
 from mso_hub.formats import DENSE
 from mso_hub.generation import GenerationReport
 from mso_hub.losses import ErrorTable, by_kind, decibel, sqnr
+from mso_hub.notebook.heat import banded, ranges_of
 from mso_hub.notebook.panes import Bars, Command, Heading, Line, Link, Pane, Part, Picture, Table, clean, wrap
-from mso_hub.notebook.plot import draw_formats, has_matplotlib, png
+from mso_hub.notebook.plot import draw_evaluations, draw_formats, draw_ranges, has_matplotlib, png
+from mso_hub.notebook.report import grid
+from mso_hub.plan.evaluation import Evaluation, facts
 from mso_hub.plan.summary import percent, size
 from mso_hub.recard import NewCard
 from mso_hub.serving import Served
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 
 SHOWN = 12
 """Rows of differences, problems and notes."""
+WORST = 5
+WIDE = 11
+"""Characters of a column whose name has several parts."""
 ACROSS = 4
 """Formats beside each other."""
 FENCE = "---\n"
@@ -65,9 +72,10 @@ class MarkdownPane:
 
 
 def view(thing: object) -> Pane | MarkdownPane:
-    """A Checkpoint, ErrorTable, Choice, Comparison, ShapeReport, GenerationReport, Served, NewCard or error for a cell.
+    """What other calls return, for a cell: Checkpoint, ErrorTable, Choice, Comparison, ShapeReport, GenerationReport,
+    Served, NewCard, Statistics, Evaluation, or an error.
 
-    A string is the address of a page: a link.
+    A dict of names and Evaluations is a table of them. A string is the address of a page: a link.
 
     Jupyter shows the result by itself, `print` as text of 80 columns. RecipeError for anything else; Job, its plan and
     its report show themselves.
@@ -215,6 +223,53 @@ def _served(served: Served) -> Iterator[Part]:
     yield Command(served.command) if served.command else Line("no size can be served on this GPU", "PROBLEM")
 
 
+def _statistics(statistics: Statistics) -> Iterator[Part]:
+    from mso_hub.calibrate.scales import by_module, shared_amax
+
+    made = statistics.provenance
+    heat = ranges_of(statistics)
+    yield Heading(f"{made.where}: {len(statistics.amax):,} modules, {made.tokens:,} tokens of {made.text}")
+    if has_matplotlib():
+        yield Picture(png(draw_ranges(heat, "")), "largest magnitudes by layer and projection; the tables say the same")
+    title = "largest |x| that entered, by layer and projection"
+    yield from grid(banded(heat, merge=max), title, "{:.3g}".format, WIDE)
+    largest = sorted(statistics.amax.items(), key=lambda entry: -entry[1])[:WORST]
+    rows = [(module, f"{value:.4g}", f"{statistics.tokens[module]:,}") for module, value in largest]
+    yield Table(("module", "largest |x|", "tokens"), rows, "the largest")
+    yield from (Line(note, "note") for note in shared_amax(statistics)[1].notes(by_module(statistics)[0]))
+
+
+def _evaluation(found: Evaluation) -> Iterator[Part]:
+    first, *rest = facts(found)
+    yield Heading(f"{first[1]}: {found.scheme}")
+    yield Table(("what", "found"), rest)
+    yield from (Line(note, "note") for note in found.notes)
+
+
+def _evaluations(found: Mapping[str, Any]) -> Iterator[Part]:
+    wrong = next((value for value in found.values() if not isinstance(value, Evaluation)), None)
+    if not found or wrong is not None:
+        got = "an empty dict" if not found else f"one of {type(wrong).__name__}"
+        raise RecipeError(f"view: a dict must be of names and Evaluations, got {got}")
+    texts = {(one.text, one.tokens, one.sha256) for one in found.values()}
+    told = [f"{tokens:,} tokens of {text}" for text, tokens, _ in texts]
+    yield Heading(f"{len(found):,} evaluations on {told[0]}" if len(texts) == 1 else f"{len(found):,} evaluations")
+    if len(texts) > 1:
+        yield Line("the texts differ, so these numbers cannot be compared", "note")
+    against = {name: one.reference for name, one in found.items() if one.reference is not None}
+    if against and has_matplotlib():
+        rows = [(name, max(0.0, other.kl), other.kl_error, other.agreement) for name, other in against.items()]
+        yield Picture(png(draw_evaluations(rows, "")), "KL divergence and equal first choices; the table says the same")
+    table = [
+        (name, f"{other.kl:.5f}" if other else "", f"{other.kl_error:.5f}" if other and other.kl_error else "",
+         f"{100 * other.agreement:.2f} %" if other else "", f"{one.perplexity:.4f}")
+        for name, one in found.items() for other in [one.reference]
+    ]  # fmt: skip
+    yield Table(("scheme", "KL", "+-", "same choice", "perplexity"), table)
+    others = {(other.source, f"{other.perplexity:.4f}") for other in against.values()}
+    yield from (Line(f"{where}, whose perplexity is {perplexity}", "against") for where, perplexity in sorted(others))
+
+
 def _error(error: MsoError) -> Iterator[Part]:
     first, *rest = str(error).splitlines()
     yield Heading(f"{type(error).__name__}: {first}")
@@ -237,5 +292,6 @@ def _card(card: NewCard) -> MarkdownPane:
 
 PARTS: dict[type, Callable[[Any], Iterator[Part]]] = {
     Checkpoint: _checkpoint, ErrorTable: _errors, Choice: _choice, Comparison: _comparison, ShapeReport: _shapes,
-    GenerationReport: _generation, Served: _served, MsoError: _error, str: _address,
+    GenerationReport: _generation, Served: _served, Statistics: _statistics, Evaluation: _evaluation,
+    dict: _evaluations, MsoError: _error, str: _address,
 }  # fmt: skip

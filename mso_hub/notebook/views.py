@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from types import TracebackType
@@ -160,6 +161,15 @@ def in_kernel() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
+def without_bars() -> None:
+    """Import tqdm as the Hub's client does: without ipywidgets it warns in a kernel that its bars will be text."""
+    from tqdm import TqdmWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmWarning)
+        import tqdm.auto  # noqa: F401
+
+
 def has_widgets() -> bool:
     """Is ipywidgets installed?"""
     try:
@@ -189,7 +199,9 @@ def show(pane: Any) -> None:
 
 
 def amounts(bar: Progress) -> str:
-    """`1.2 GB of 2.9 GB`; of a commit the files that are stored."""
+    """`1.2 GB of 2.9 GB`; of a commit the files that are stored, of a walk over text layers and tokens."""
+    if bar.said:
+        return bar.said
     if bar.name == "commit":
         return "done" if bar.share == 1.0 else f"{bar.done:,} of {bar.total - 1:,} shards stored"
     return f"{size(bar.done)} of {size(bar.total)}"
@@ -198,7 +210,7 @@ def amounts(bar: Progress) -> str:
 def status(snapshot: Snapshot) -> str:
     """`encoding, 210 MB/s, 0:08 left, 512 MB memory`."""
     parts = [snapshot.state]
-    parts += [f"{size(snapshot.rate)}/s"] if snapshot.rate else []
+    parts += [speed(snapshot)] if snapshot.rate else []
     spent = clock(snapshot.seconds)
     if snapshot.state in STYLES:
         parts += [f"after {spent}"]
@@ -211,12 +223,17 @@ def status(snapshot: Snapshot) -> str:
 def line(snapshot: Snapshot) -> str:
     """One line of at most 80 columns: shares of all bars, then amounts and status as far as there is room."""
     shares = "  ".join(f"{bar.name} {100 * bar.share:3.0f}%" for bar in snapshot.bars)
-    facts = [f"{size(snapshot.rate)}/s"] if snapshot.rate else []
+    facts = [speed(snapshot)] if snapshot.rate else []
     facts += [f"{clock(snapshot.left)} left"] if snapshot.left is not None else []
     facts += [size(snapshot.memory)] if snapshot.memory else []
-    text = "  ".join([shares, *facts])
+    text = "  ".join([*([shares] if shares else []), *facts])
     room = COLUMNS - len(text) - 2
     return f"{text}  {cut(snapshot.state.partition(':')[0], room)}" if room >= 8 else text[:COLUMNS]
+
+
+def speed(snapshot: Snapshot) -> str:
+    """`210 MB/s`, `3,100 tokens/s`."""
+    return f"{snapshot.rate:,.0f} {snapshot.unit}/s" if snapshot.unit else f"{size(snapshot.rate)}/s"
 
 
 def clock(seconds: float) -> str:

@@ -26,7 +26,7 @@ def tagged(path: Path, tag: str) -> list[int]:
 
 
 def test_they_are_numbered_without_a_gap() -> None:
-    assert [path.name[:3] for path in NOTEBOOKS] == [f"{at:02}_" for at in range(7)]
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{at:02}_" for at in range(8)]
 
 
 def test_nothing_is_left_for_the_tool_to_do() -> None:
