@@ -11,9 +11,13 @@ OLDEST := $(VENV)/oldest-client
 BROWSER := $(VENV)/.installed-browser
 VLLM   := .venv-vllm
 NEXT   := $(VLLM)/vllm-0.33.0
+KT     := .venv-kt
 
 # Python for vLLM, 3.11 to 3.14, where PYTHON is an older one.
 VLLM_PYTHON ?= $(PYTHON)
+
+# Python for kt-kernel, which has wheels for 3.11 and 3.12 only, where PYTHON is another one.
+KT_PYTHON ?= $(PYTHON)
 
 # BENCH_PEERS=1 adds llm-compressor and ModelOpt to the benchmark.
 BENCH_PEERS ?= 0
@@ -22,7 +26,7 @@ BENCH_GB    ?= 2
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest notebooks browser plugin oldest bench format clean
+.PHONY: help demo test lint types pytest calibrate notebooks browser plugin kt oldest bench format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +36,7 @@ demo: $(CORE)  ## quantize a small model from repo to repo, check it and bring i
 
 # Two suites at a time, each on one core; what one of them printed appears when it ends.
 test: lint types $(BROWSER)  ## everything a change must pass
-	$(MAKE) --no-print-directory -j2 --output-sync=target pytest notebooks plugin oldest browser
+	$(MAKE) --no-print-directory -j2 --output-sync=target pytest plugin calibrate notebooks kt oldest browser
 
 lint: $(DEV)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -45,7 +49,11 @@ types: $(DEV)  ## mypy, strict
 pytest notebooks plugin: export MSO_VLLM_PYTHON = $(CURDIR)/$(VLLM)/bin/python
 pytest plugin: export MSO_VLLM_SOURCES = $(CURDIR)/$(NEXT)
 pytest: $(DEV) $(NEXT)/.unpacked  ## the test suite of the core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/notebooks --ignore tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/calibrate --ignore tests/notebooks --ignore tests/browser \
+		--ignore tests/kt
+
+calibrate: $(DEV)  ## the tests of what runs a model layer by layer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/calibrate
 
 notebooks: $(DEV) $(VLLM)/.installed  ## run every notebook, 05 with vLLM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/notebooks
@@ -57,6 +65,11 @@ browser: $(DEV) $(BROWSER)  ## Run all and the panel's buttons in JupyterLab, in
 
 plugin: $(NEXT)/.unpacked  ## the tests of the vLLM plugin
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest plugins/vllm-mso-hub/tests
+
+# The judge is kt-kernel itself, in an environment of its own. On processors without AVX512 what asks it is skipped.
+kt: export MSO_KT_PYTHON = $(CURDIR)/$(KT)/bin/python
+kt: $(DEV) $(KT)/.installed  ## the tests of weights for KTransformers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kt
 
 # Without the tests of the server: one of them breaks Xet on purpose, and that client's session stays broken. And
 # without the check of a card by the client itself, which asks huggingface.co there whatever the endpoint.
@@ -76,7 +89,7 @@ format: $(DEV)  ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 clean:  ## remove environments, caches and what the demo and the benchmarks wrote
-	rm -rf $(VENV) $(PEERS) $(VLLM) build dist demo-output bench-work artifacts
+	rm -rf $(VENV) $(PEERS) $(VLLM) $(KT) build dist demo-output bench-work artifacts
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find mso_hub plugins tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -108,6 +121,13 @@ $(OLDEST)/.installed: $(DEV)
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --target $(OLDEST) \
 		huggingface_hub==1.31.0 hf-xet==1.7.0
+	@touch $@
+
+# 101 MB. It pins a torch and wants triton, and works with another one and without.
+$(KT)/.installed: tools/install.sh
+	PYTHON=$(KT_PYTHON) tools/install.sh $(KT) --no-deps kt-kernel==0.7.2
+	$(KT)/bin/python -m pip --disable-pip-version-check install --quiet numpy safetensors gguf typer rich pyyaml httpx \
+		packaging
 	@touch $@
 
 $(PEERS)/.installed: tools/install.sh

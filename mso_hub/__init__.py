@@ -10,6 +10,7 @@
     7     pausable    work that Ctrl-C, or another thread, stops at its next event
     7     progress    events -> a bar or JSON lines
     7     recard      finished repo -> its model card
+    7     sensitivity what formats do to a model's predictions -> an error table
     7     generation  a folder and its weights in BF16 -> tokens and likelihoods from vLLM, compared
     7     setup_vllm  a Python -> an environment of its own for vLLM
     6     pipeline    START HERE: convert() = source -> plan -> engine -> sink
@@ -18,6 +19,7 @@
     6     smoke       headers or plan -> what vLLM would not load, asked of vLLM itself
     5     card        plan + measured errors -> README.md
     5     losses      measured errors, weight by weight -> JSON, Markdown
+    5     calibrate   source + text -> what activations are like, one decoder layer in memory
     4     engine      shard plans -> finished pieces in order
     3     plan        headers + recipe -> exact output layout (no weight is read)
     2     source      folder or Hub -> headers, tensors
@@ -37,6 +39,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mso_hub.assess import Choice, choose_formats, measure_errors
+    from mso_hub.calibrate.collect import collect_statistics
+    from mso_hub.calibrate.evaluate import evaluate
+    from mso_hub.calibrate.scales import with_statistics
+    from mso_hub.calibrate.statistics import read_statistics
     from mso_hub.errors import MsoError
     from mso_hub.generation import GenerationReport, compare_generation
     from mso_hub.legacy import StreamingQuantizer, decompress_model_incremental
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
     from mso_hub.notebook import Job
     from mso_hub.pipeline import convert, make_plan
     from mso_hub.plan import Plan, Recipe
+    from mso_hub.plan.kt import KtRecipe
     from mso_hub.plan.like import recipe_like
     from mso_hub.plan.recipe_file import read_recipe
     from mso_hub.sink import HubTarget, open_sink
@@ -59,6 +66,7 @@ _HOME = {
     "GenerationReport": "generation",
     "HubTarget": "sink",
     "Job": "notebook",
+    "KtRecipe": "plan.kt",
     "MsoError": "errors",
     "Plan": "plan",
     "Recipe": "plan",
@@ -66,18 +74,22 @@ _HOME = {
     "ShapeReport": "smoke",
     "StreamingQuantizer": "legacy",
     "choose_formats": "assess",
+    "collect_statistics": "calibrate.collect",
     "compare_checkpoints": "verify",
     "compare_generation": "generation",
     "convert": "pipeline",
     "decompress_model_incremental": "legacy",
+    "evaluate": "calibrate.evaluate",
     "make_plan": "pipeline",
     "measure_errors": "assess",
     "open_sink": "sink",
     "open_source": "source",
     "prove": "smoke",
     "read_recipe": "plan.recipe_file",
+    "read_statistics": "calibrate.statistics",
     "recipe_like": "plan.like",
     "verify_checkpoint": "verify",
+    "with_statistics": "calibrate.scales",
 }
 
 __all__ = [
@@ -86,6 +98,7 @@ __all__ = [
     "GenerationReport",
     "HubTarget",
     "Job",
+    "KtRecipe",
     "MsoError",
     "Plan",
     "Recipe",
@@ -94,18 +107,22 @@ __all__ = [
     "StreamingQuantizer",
     "__version__",
     "choose_formats",
+    "collect_statistics",
     "compare_checkpoints",
     "compare_generation",
     "convert",
     "decompress_model_incremental",
+    "evaluate",
     "make_plan",
     "measure_errors",
     "open_sink",
     "open_source",
     "prove",
     "read_recipe",
+    "read_statistics",
     "recipe_like",
     "verify_checkpoint",
+    "with_statistics",
 ]
 
 

@@ -24,12 +24,11 @@ from mso_hub.formats.decoders.base import shape_reader
 from mso_hub.formats.weight import Weight
 from mso_hub.losses import ErrorTable, Loss, Measured, check_path, label_of, read_table, write_table
 from mso_hub.plan import Plan, Recipe, ShardPlan, Step
-from mso_hub.plan.assign import Group, Option, exact_recipe, groups_of, spend, step_down
+from mso_hub.plan.assign import Group, Option, exact_recipe, groups_of, spent, stepped
 from mso_hub.plan.planner import offered
 from mso_hub.plan.select import Selection, loader_problem
 from mso_hub.plan.shards import plan_shards
 from mso_hub.plan.steps import is_packed, scale_dtype, settled, stays_packed
-from mso_hub.plan.summary import percent
 from mso_hub.source import Job, Source, open_source, read_checkpoint
 
 TOO_SMALL = "one of its scales cannot be stored: its numbers are too small or too large"
@@ -190,6 +189,8 @@ class _Offer:
             name in found.weights and self._named.keys() <= {*found.weights[name].losses, *found.weights[name].barred}
             for name in self._names.values()
         )
+        if not enough and found.divergence is not None:
+            raise _lacking(str(path))
         return found if enough else None
 
     def measure(self, engine: ThreadEngine, on_event: Listener) -> ErrorTable:
@@ -263,6 +264,13 @@ class _Offer:
             raise CheckpointError(f"{source.name}/{changed}: changed while it was read; run it again")
 
 
+def _lacking(what: str) -> RecipeError:
+    return RecipeError(
+        f"{what}: the KL divergences do not cover it; measure them for the same recipe and formats with "
+        "`mso-hub evaluate SOURCE --sensitivity FILE.json`"
+    )
+
+
 def _under(selection: Selection, form: Format) -> Selection:
     """The selection with one encoder for all."""
     return replace(selection, formats=dict.fromkeys(selection.formats, form))
@@ -309,9 +317,9 @@ def _choose(offer: _Offer, errors: ErrorTable, max_nmse: float | None, target_bi
     ]
     if target_bits is not None:
         energy = math.fsum(errors.weights[offer.name(w)].energy for members in weights.values() for w in members)
-        picks, outcome = _spent(groups, target_bits, energy)
+        picks, outcome = spent(groups, target_bits, energy if errors.divergence is None else None)
     else:
-        picks, outcome = _stepped(groups, max_nmse or 0.0)
+        picks, outcome = stepped(groups, max_nmse or 0.0)
     options = [group.options[pick] for group, pick in zip(groups, picks, strict=True)]
     chosen: dict[Scheme, list[str]] = {scheme: [] for scheme in offer.order}
     for group, option in zip(groups, options, strict=True):
@@ -329,24 +337,6 @@ def _choose(offer: _Offer, errors: ErrorTable, max_nmse: float | None, target_bi
     )
 
 
-def _spent(groups: Sequence[Group], target_bits: float, energy: float) -> tuple[tuple[int, ...], str]:
-    """Choice within a budget, and what it comes to."""
-    spending = spend(groups, target_bits)
-    average = spending.nbits / sum(group.numbers for group in groups)
-    share = percent(spending.error / energy if energy > 0 else 0.0)
-    return spending.picks, (
-        f"{average:.4g} bits on average, at most {target_bits:g} asked for; squared error {spending.error:.6g} "
-        f"({share}), at best {spending.bound:.6g}: gap {100 * spending.gap:.2f} %"
-    )
-
-
-def _stepped(groups: Sequence[Group], limit: float) -> tuple[tuple[int, ...], str]:
-    """Choice under a limit of the NMSE, and what it comes to."""
-    picks = step_down(groups, limit)
-    worst = max(group.options[pick].worst for group, pick in zip(groups, picks, strict=True))
-    return picks, f"worst NMSE {percent(worst)}, at most {percent(limit)} asked for"
-
-
 def _group(name: str, modules: Sequence[str], members: Sequence[Weight], offer: _Offer, errors: ErrorTable) -> Group:
     """The options of some weights that must be stored alike, as their rule and the fallbacks order them."""
     wanted = {offer.wanted[module] for module in modules}
@@ -355,6 +345,9 @@ def _group(name: str, modules: Sequence[str], members: Sequence[Weight], offer: 
             f"{name}: engines load it as one, so one rule must cover it; found {' and '.join(s.format for s in wanted)}"
         )
     measured = {offer.name(weight): errors.weights[offer.name(weight)] for weight in members}
+    known = None if errors.divergence is None else errors.divergence.groups.get(name)
+    if errors.divergence is not None and known is None:
+        raise _lacking(name)
     options: list[Option] = []
     barred: dict[str, str] = {}
     for scheme in offer.ladder(modules[0]):
@@ -363,18 +356,22 @@ def _group(name: str, modules: Sequence[str], members: Sequence[Weight], offer: 
         if why is not None:
             barred[label] = why
         else:
-            options.append(_option(scheme, label, measured))
+            options.append(_option(scheme, label, measured, known))
     return Group(name, tuple(modules), sum(entry.numbers for entry in measured.values()), tuple(options), barred)
 
 
-def _option(scheme: Scheme, label: str, measured: Mapping[str, Measured]) -> Option:
+def _option(
+    scheme: Scheme, label: str, measured: Mapping[str, Measured], divergences: Mapping[str, float] | None
+) -> Option:
+    """What a scheme costs a group; a group that text does not reach has no divergences, and the error 0."""
     if scheme.format == DENSE:
         return Option(scheme, 8 * sum(entry.dense for entry in measured.values()), 0.0)
     losses = [entry.losses[label] for entry in measured.values()]
     worst, where = max(((entry.nmse(label), name) for name, entry in measured.items()), key=lambda pair: pair[0])
-    return Option(
-        scheme, 8 * sum(loss.nbytes for loss in losses), math.fsum(loss.error for loss in losses), worst, where
-    )
+    if divergences and label not in divergences:
+        raise _lacking(f"{where} as {label}")
+    error = math.fsum(loss.error for loss in losses) if divergences is None else divergences.get(label, 0.0)
+    return Option(scheme, 8 * sum(loss.nbytes for loss in losses), error, worst, where)
 
 
 def _moves(offer: _Offer, groups: Iterable[Group], options: Iterable[Option], max_nmse: float | None) -> Iterator[str]:

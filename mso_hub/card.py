@@ -28,6 +28,9 @@ from mso_hub.hub.model_card import (
     visible,
 )
 from mso_hub.plan import Plan, Recipe
+from mso_hub.plan.calibration import described
+from mso_hub.plan.evaluation import Evaluation, card_blocks, model_index
+from mso_hub.plan.method import FOLDED
 from mso_hub.plan.steps import CONSTANT_SCALE
 from mso_hub.plan.summary import (
     DTYPES,
@@ -41,6 +44,7 @@ from mso_hub.plan.summary import (
     packed_as,
     percent,
     planned_form,
+    serve_words,
     size,
 )
 from mso_hub.source import Source
@@ -82,6 +86,7 @@ class Facts:
     exact        what is not in the table has the bytes of the source
     own          the original card speaks about this very checkpoint, so that all its tags and its base model hold
     files        of the output, for links to a licence
+    evaluation   how it predicts text, where that was measured
     """
 
     target: str
@@ -108,6 +113,7 @@ class Facts:
     recipe: Recipe | None = None
     imported: Sequence[str] = ()
     folder: str = ""
+    evaluation: Evaluation | None = None
 
     @property
     def quantized(self) -> bool:
@@ -164,11 +170,14 @@ def write_card(
         activation=_activation(recipe),
         remote_code="auto_map" in plan.config,
         text_only=recipe.text_only,
-        exact=True,
+        exact=recipe.by_method is None or recipe.by_method.name not in FOLDED,
         files={*plan.carried, *plan.files},
         packed=packed_as(step.weight for shard in plan.shards for step in shard.steps),
         recipe=recipe,
-        imported=imported(scales=bool(recipe.input_amax), ignore=bool(recipe.imported_ignore and not recipe.rules)),
+        imported=imported(
+            scales=bool(recipe.input_amax) and recipe.calibration is None,
+            ignore=bool(recipe.imported_ignore and not recipe.rules),
+        ),
         folder=parse_address(source.name).folder if is_address(source.name) else "",
     )
     return render(facts, read_card(source)).encode()
@@ -187,6 +196,9 @@ def _planned(plan: Plan) -> tuple[Stored, ...]:
 
 
 def _activation(recipe: Recipe) -> str:
+    if recipe.calibration is not None:
+        facts = recipe.calibration.facts
+        return described(facts, inputs=bool(recipe.input_amax), cache=bool(recipe.kv_scales))
     if recipe.input_amax:
         return "imported from another checkpoint, one for each module"
     constants = {r.scheme.input_scale for r in recipe.all_rules if isinstance(r.scheme.input_scale, int | float)}
@@ -277,7 +289,7 @@ def render(facts: Facts, original: bytes) -> str:
     metadata = metadata_of(facts, original)
     named = facts.base or facts.source or metadata.get("base_model")
     base = named if isinstance(named, str) else None
-    serve = ["vllm", "serve", facts.target, *(["--revision", facts.revision] if facts.revision else [])]
+    serve = serve_words(facts.target, facts.revision, facts.stored, facts.recipe, base)
     serve += ["--trust-remote-code"] if facts.remote_code else []
     blocks = [
         f"# {plain(facts.target.rpartition('/')[2])}",
@@ -288,8 +300,10 @@ def render(facts: Facts, original: bytes) -> str:
         table(_summary(facts), ("", "")),
         *_changes(facts),
         *_kept(facts),
+        *card_blocks(facts.evaluation),
     ]
-    return join_card(metadata, "\n\n".join(blocks) + "\n")
+    index = model_index(facts.evaluation, facts.target.rpartition("/")[2])
+    return join_card({**metadata, **index}, "\n\n".join(blocks) + "\n")
 
 
 def _intro(facts: Facts, link: str | None) -> str:
@@ -313,6 +327,7 @@ def _summary(facts: Facts) -> list[tuple[str, str]]:
         ("Source", source + commit if facts.made or facts.source else ""),
         ("Scheme", "; ".join(dict.fromkeys(f"{s.scheme.upper()}, {s.short}" for s in packed)) or facts.label),
         ("Layout", ", ".join(dict.fromkeys(stored.layout for stored in packed))),
+        ("Method", facts.recipe.by_method.sentence if facts.recipe and facts.recipe.by_method else ""),
         ("Activation scale", facts.activation),
         ("MXFP4 to NVFP4", facts.exactness),
         ("Size", sizes or size(facts.after)),

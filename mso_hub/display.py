@@ -11,6 +11,7 @@ from mso_hub.checkpoint import Checkpoint
 from mso_hub.errors import RecipeError
 from mso_hub.formats import ALIASES, DENSE, FORMATS, READABLE
 from mso_hub.formats.detect import quantization_configs
+from mso_hub.formats.kt import KT_FORMATS
 from mso_hub.plan import Plan
 from mso_hub.plan.presets import ALIASES as PRESET_ALIASES
 from mso_hub.plan.presets import find_preset, near_preset, preset_comment, preset_names, preset_text
@@ -218,9 +219,10 @@ def _loaders() -> list[tuple[str, str]]:
 def formats_text() -> str:
     """What `mso-hub formats` prints."""
     historic = [(name, f"historic name of {scheme.format}", *[""] * 5) for name, scheme in ALIASES.items()]
+    experts = [(name, f"{kind} experts for KTransformers", *[""] * 4, "absmax") for name, kind in KT_FORMATS.items()]
     dense = (DENSE, "decoded: `decompress`", *[""] * 5)
     return "\n\n".join([
-        table([*formats_rows(), *historic, dense], ("writes", "what", *LAYOUTS, "group_size", "scales")),
+        table([*formats_rows(), *experts, *historic, dense], ("writes", "what", *LAYOUTS, "group_size", "scales")),
         table([*_options(), *_loaders()], ("option or layout", "formats")),
         table(READABLE.items(), ("reads", "what")),
     ])  # fmt: skip

@@ -91,6 +91,48 @@ class Hashed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Calibrating(Event):
+    """All `layers` decoder layers will see `tokens` of `text`; an earlier run has done the first `done` of them."""
+
+    text: str
+    tokens: int
+    layers: int
+    done: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDone(Event):
+    """So many more tokens went through the decoder layer that runs."""
+
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated(Event):
+    """Statistics of `modules` modules lie at `where`."""
+
+    where: str
+    modules: int
+
+
+@dataclass(frozen=True, slots=True)
+class MethodDone(Event):
+    """A method has worked on every layer; its work lies in the folder `where` until the output is there."""
+
+    method: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated(Event):
+    """How a model predicts a text; `kl` (nats per token) and `agreement` where it was compared with another one."""
+
+    perplexity: float
+    kl: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerDone(Event):
     """Decoder layer `index` (from 0) of `layers` has seen all `tokens` of the text, in `seconds`."""
 

@@ -68,8 +68,8 @@ class StreamingQuantizer:
         check_hardware(num_gpus)
         if calibrate:
             raise RecipeError(
-                f"calibrate with {calib_size} samples of {calib_dataset}: this version does not run the model; pass "
-                "input_scale=1.0, which needs no calibration, or a calibrated checkpoint's scales"
+                f"calibrate with {calib_size} samples of {calib_dataset}: `mso-hub quantize --calibrate` does that; "
+                "pass input_scale=1.0, which needs no calibration, or a calibrated checkpoint's scales"
             )
         self.input_dir, self.output_dir = input_dir, output_dir
         self.recipe = Recipe(

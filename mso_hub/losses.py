@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,36 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Divergence:
+    """What formats do to a model's predictions: KL divergence in nats per token, one group of weights at a time.
+
+    text      what was read: `tokens` token ids, whose SHA-256 in hex is `sha256`
+    groups    weights that are stored alike -> label of a format -> KL; groups that text does not reach are not there
+    together  label -> KL with all groups in that format
+    """
+
+    text: str
+    tokens: int
+    sha256: str
+    groups: Mapping[str, Mapping[str, float]]
+    together: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class ErrorTable:
     """Every weight that a recipe offers under every format.
 
-    source    where the weights were read, `identity` its digest
-    layout    of the formats
-    weights   name -> what formats do to it
+    source      where the weights were read, `identity` its digest
+    layout      of the formats
+    weights     name -> what formats do to it
+    divergence  what they do to predictions, where that was measured too
     """
 
     source: str
     identity: str
     layout: str
     weights: Mapping[str, Measured]
+    divergence: Divergence | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -119,6 +137,8 @@ class RunReport:
 
 def label_of(form: Format) -> str:
     """An encoder by its name and by what is not its default: `w4a16 group_size=32 search=mse`."""
+    if form.name not in FORMATS:
+        return form.name
     choices = FORMATS[form.name].choices
     group = getattr(form, "group_size", None)
     said = [f"group_size={group}"] if choices.group_sizes and group not in (None, choices.group_sizes[0]) else []
@@ -213,6 +233,7 @@ def table_dict(measured: ErrorTable) -> dict[str, Any]:
                    "formats": {label: _quality(weight, label) for label in (*weight.losses, *weight.barred)}}
             for name, weight in measured.weights.items()
         },
+        **({} if measured.divergence is None else {"divergence": asdict(measured.divergence)}),
     }  # fmt: skip
 
 
@@ -223,7 +244,11 @@ def read_table(path: str | Path) -> ErrorTable | None:
         kind = str(content["kind"])
         if kind == TABLE:
             weights = {str(name): _measured(entry) for name, entry in content["weights"].items()}
-            return ErrorTable(str(content["source"]), str(content["identity"]), str(content["layout"]), weights)
+            said = content.get("divergence")
+            return ErrorTable(
+                str(content["source"]), str(content["identity"]), str(content["layout"]), weights,
+                None if said is None else _divergence(said),
+            )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _no_table(path, f"{error!r:.80}") from error
     if kind.startswith(TABLE.rpartition(" ")[0]):
@@ -235,6 +260,12 @@ def _no_table(path: str | Path, found: str) -> RecipeError:
     return RecipeError(
         f"{path}: must be an error table of mso_hub, it cannot be read as one: {found}; give another name, or delete it"
     )
+
+
+def _divergence(said: Mapping[str, Any]) -> Divergence:
+    groups = {str(group): {str(n): float(kl) for n, kl in kls.items()} for group, kls in said["groups"].items()}
+    together = {str(label): float(kl) for label, kl in said["together"].items()}
+    return Divergence(str(said["text"]), int(said["tokens"]), str(said["sha256"]), groups, together)
 
 
 def _measured(entry: Mapping[str, Any]) -> Measured:
@@ -252,9 +283,10 @@ def run_report(plan: Plan, notes: Mapping[str, float], output: str) -> RunReport
     """What a run did to every weight that it quantized, from what it noted."""
     noted = noted_distances(notes)
     steps = {(shard.name, step.weight.name): step for shard in plan.shards for step in shard.steps}
+    moved = {name: shard for (shard, name), step in steps.items() if shard != step.weight.home.file}
     weights: dict[str, Measured] = {}
     for weight in (weight for members in plan.units.values() for weight in members):
-        place = (weight.home.file, weight.name)
+        place = (moved.get(weight.name, weight.home.file), weight.name)
         label = label_of(plan.formats[weight.module])
         # Two folders of a repo may hold the same names.
         name = weight.name if weight.name not in weights else ": ".join(place)

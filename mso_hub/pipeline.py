@@ -21,7 +21,17 @@ from typing import Any
 
 from mso_hub.card import CARD, repo_of, write_card
 from mso_hub.checkpoint import Array
-from mso_hub.engine import SAMPLE, WHOLE, Piece, ThreadEngine, exactness, note_errors, noted_inexact, write_pieces
+from mso_hub.engine import (
+    SAMPLE,
+    WHOLE,
+    Piece,
+    ThreadEngine,
+    exactness,
+    note_errors,
+    noted_errors,
+    noted_inexact,
+    write_pieces,
+)
 from mso_hub.errors import CheckpointError, RecipeError
 from mso_hub.events import (
     Committing,
@@ -39,7 +49,8 @@ from mso_hub.formats.weight import Reader
 from mso_hub.hub import is_address, looks_like_repo
 from mso_hub.losses import check_path, run_report, write_report
 from mso_hub.plan import Plan, Recipe, plan_checkpoint
-from mso_hub.sink import Entry, Sink, open_sink
+from mso_hub.plan.kt import KtRecipe, plan_kt
+from mso_hub.sink import Entry, HubTarget, Sink, open_sink
 from mso_hub.source import Job, Range, Source, open_source, read_checkpoint
 
 COPY_BLOCK = 8 << 20
@@ -58,6 +69,7 @@ def convert(
     report: Sequence[str | Path] = (),
     notes: Sequence[str] = (),
     check: Callable[[Plan, Source], None] | None = None,
+    told: Plan | None = None,
     on_event: Listener = ignore,
 ) -> Plan:
     """Write the checkpoint at `source` to `sink` as the recipe says; continues an unfinished run of the same job.
@@ -70,6 +82,8 @@ def convert(
     report        files, .json or .md, for the error of every weight, measured on every number
     notes         sentences that the plan's notes begin with: how the recipe was chosen
     check         called with the plan and the opened source before anything is written; what it raises ends the run
+    told          the plan of the checkpoint that the source shows in another form, as methods leave it: the card, and
+                  what this returns, tell of that
     Raises MsoError (see errors.py); nothing is visible at the sink unless this returns.
     """
     if base_model is not None and not looks_like_repo(repo_of(base_model)):
@@ -95,7 +109,7 @@ def convert(
         abort = partial(_abort, source, sink)
         pieces = engine.run(
             plan, work.shards, progress.counted(source.read), _Notes(sink), apart=source.read_apart,
-            once=source.distant, measure=WHOLE if reports else SAMPLE if card else 0, abort=abort,
+            once=source.distant, measure=WHOLE if reports else SAMPLE if card or recipe.measures else 0, abort=abort,
         )  # fmt: skip
         noted = note_errors(pieces, sink.note, each=bool(reports))
         for piece in write_pieces(noted, sink, source.settle, abort):
@@ -106,11 +120,11 @@ def convert(
         _require_unchanged(source, stamps)
         sink.wait()
         progress.stored()
-        exact = exactness(noted_inexact(plan, sink.notes))
-        plan = _with_notes(plan, after=[f"MXFP4 to NVFP4: {exact}"] if exact else [])
+        plan = _with_notes(plan, after=_measured(plan, sink.notes))
         errors = run_report(plan, sink.notes, sink.name) if reports else None
         whole = errors is not None and errors.complete
-        closing = {CARD: write_card(plan, source, sink, base_model, whole=whole)} if card else {}
+        shown = plan if told is None else replace(told, recipe=plan.recipe, job=plan.job, notes=(*notes, *told.notes))
+        closing = {CARD: write_card(shown, source, sink, base_model, whole=whole)} if card else {}
         if not sink.finished:
             on_event(Committing(sink.name))
         sink.commit(_manifest(plan, source, {**sink.entries, **_digests(closing)}), closing)
@@ -122,21 +136,53 @@ def convert(
         for path in reports:
             write_report(errors, path)
     on_event(Published(sink.name, sum(sizes.values())))
-    return plan
+    return shown
 
 
 def make_plan(source: str | Path | Source, recipe: Recipe) -> Plan:
     """The plan for a source, from its headers (and weight_shape tensors where shapes leave K open)."""
     opened = open_source(source) if isinstance(source, str | Path) else source
     try:
-        return plan_checkpoint(read_checkpoint(opened), recipe, shape_reader(opened.read))
+        checkpoint, read_shape = read_checkpoint(opened), shape_reader(opened.read)
+        if isinstance(recipe, KtRecipe):
+            return plan_kt(checkpoint, recipe, read_shape)
+        return plan_checkpoint(checkpoint, recipe, read_shape)
     finally:
         if opened is not source:
             opened.close()
 
 
+def require_output(
+    source: Source, where: str | Path, target: HubTarget | None = None, *, on_event: Listener = ignore
+) -> None:
+    """Refuse an output that `convert` would refuse whatever the recipe, before hours of other work; nothing is made.
+
+    target  how a repo is written to, None for a folder; errors are those of `convert`
+    """
+    _, sink = _opened(source, open_sink(where, target=target, on_event=on_event), on_event)
+    try:
+        sink.guard(source.origin)
+        sink.require_free()
+    finally:
+        sink.close()
+
+
 def _with_notes(plan: Plan, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> Plan:
     return replace(plan, notes=(*before, *plan.notes, *after))
+
+
+def _measured(plan: Plan, notes: Mapping[str, float]) -> list[str]:
+    """Sentences about what encoding did, where every user is told."""
+    exact = exactness(noted_inexact(plan, notes))
+    found = [f"MXFP4 to NVFP4: {exact}"] if exact else []
+    errors = noted_errors(notes) if plan.recipe.measures else {}
+    if errors:
+        (kind, name), (_, mean, worst) = max(errors.items(), key=lambda entry: entry[1][1])
+        found.append(
+            f"{name}: measured on a sample, the weights of {kind} have a relative error of {mean**0.5:.1%}, the worst "
+            f"of them {worst**0.5:.1%} (root mean square)"
+        )
+    return found
 
 
 def _opened(source: str | Path | Source, sink: str | Path | Sink, on_event: Listener) -> tuple[Source, Sink]:
@@ -171,8 +217,8 @@ class _Work:
     def __init__(self, plan: Plan, source: Source, sink: Sink, sizes: Mapping[str, int]) -> None:
         self._plan, self._source, self._sink, self._sizes = plan, source, sink, sizes
         done = set(sink.entries)
-        self.shards = [s for s in plan.shards if s.original is None and s.name not in done]
-        worked = {s.name for s in self.shards}
+        self.shards = [s for s in plan.shards if s.original is None and not done.issuperset(s.files)]
+        worked = {name for s in self.shards for name in s.files}
         left = [name for name in sizes if name not in done and name not in worked]
         self.copied = [name for name in left if self._copied_there(name)]
         self.files = [name for name in left if name not in set(self.copied)]
@@ -214,7 +260,7 @@ class _Progress:
         self._read_bytes = self._written_bytes = self._told = 0
         self._counting = threading.Lock()
         on_event(PlanReady(plan.read_bytes, plan.write_bytes, len(plan.shards)))
-        for name in (n for n in self._shards if n in sink.entries):
+        for name in (n for n, shard in self._shards.items() if sink.entries.keys() >= shard.files.keys()):
             on_event(ShardResumed(name, self._shards[name].read_bytes))
 
     def counted(self, read: Reader) -> Reader:
@@ -271,8 +317,13 @@ def _digests(files: Mapping[str, bytes]) -> dict[str, Entry]:
 def _manifest(plan: Plan, source: Source, entries: Mapping[str, Entry]) -> bytes:
     """mso_hub.json: which job made the output, from which commit, how, and the SHA-256 of each file."""
     files = {n: {"nbytes": e.nbytes, "sha256": e.sha256} for n, e in sorted(entries.items())}
-    settings = {k: v for k, v in asdict(plan.recipe).items() if k not in ("input_amax", "kv_scales")}
+    apart = ("input_amax", "kv_scales", "calibration", "by_method")
+    settings = {k: v for k, v in asdict(plan.recipe).items() if k not in apart}
     content: dict[str, Any] = {"job": plan.job, "version": version("mso-hub"), "recipe": settings}
+    if plan.recipe.calibration is not None:
+        content["calibration"] = plan.recipe.calibration.facts
+    if plan.recipe.by_method is not None:
+        content["method"] = asdict(plan.recipe.by_method)
     if source.origin is not None:
         content |= {"source": source.origin.repo_id, "commit": source.origin.commit}
     return (json.dumps({**content, "files": files}, indent=2) + "\n").encode()

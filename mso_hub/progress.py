@@ -8,11 +8,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mso_hub.events import (
+    BatchDone,
+    Calibrated,
+    Calibrating,
     CheckReady,
     Committing,
     Event,
     Hashed,
+    LayerDone,
     Listener,
+    MethodDone,
     PlanReady,
     Published,
     ShardDone,
@@ -48,11 +53,15 @@ class Bar:
             self._shards = event.shards
         elif isinstance(event, CheckReady):
             self._bar = _bar(event.hashed + event.compared, delay=LONG, leave=False)
+        elif isinstance(event, Calibrating):
+            self._calibrate(event)
         if isinstance(event, Waiting):
             waiting(event)
         if self._bar is None:
             return
-        if isinstance(event, TensorDone | Hashed):
+        if isinstance(event, BatchDone | LayerDone):
+            self._walk(self._bar, event)
+        elif isinstance(event, TensorDone | Hashed):
             self._bar.update(event.nbytes)
         elif isinstance(event, ShardResumed | ShardDone):
             self._done += 1
@@ -64,8 +73,25 @@ class Bar:
         elif isinstance(event, Committing):
             # 100 % of the bytes is not the end
             self._bar.set_postfix_str(f"shard {self._done}/{self._shards}, making it visible")
-        elif isinstance(event, Published):
+        elif isinstance(event, Published | Calibrated | MethodDone):
             self.close()
+
+    def _calibrate(self, event: Calibrating) -> None:
+        """A bar over the tokens of a text: a layer is its share of each of them."""
+        self._bar = _bar(event.tokens, unit="tok")
+        self._shards = event.layers
+        # Layers of an earlier run are not this run's speed.
+        self._bar.initial = event.tokens * event.done / event.layers
+        self._bar.update(self._bar.initial)
+        self._bar.set_postfix_str(f"layer {event.done}/{event.layers}", refresh=False)
+
+    def _walk(self, bar: tqdm[NoReturn], event: BatchDone | LayerDone) -> None:
+        """Move on by a batch; a layer that ends says exactly how far it is."""
+        if isinstance(event, BatchDone):
+            bar.update(event.tokens / self._shards)
+            return
+        bar.update(event.tokens * (event.index + 1) / event.layers - bar.n)
+        bar.set_postfix_str(f"layer {event.index + 1}/{event.layers}")
 
     def close(self) -> None:
         """End its line, so that what comes next starts on one of its own."""
@@ -73,10 +99,10 @@ class Bar:
             self._bar.close()
 
 
-def _bar(total: int, **how: Any) -> tqdm[NoReturn]:
+def _bar(total: int, unit: str = "B", **how: Any) -> tqdm[NoReturn]:
     from tqdm import tqdm  # not needed by --help
 
-    return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True, **how)
+    return tqdm(total=total, unit=unit, unit_scale=True, unit_divisor=1000, dynamic_ncols=True, **how)
 
 
 def waiting(event: Event) -> None:

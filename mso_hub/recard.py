@@ -21,6 +21,9 @@ from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
 from mso_hub.formats.scales import read_input_scales
 from mso_hub.hub import Address, Client, is_address, looks_like_repo, parse_address
 from mso_hub.hub.model_card import commit_card, parse_metadata, require_writable
+from mso_hub.plan.calibration import described, read_facts
+from mso_hub.plan.evaluation import Evaluation, read_evaluation
+from mso_hub.plan.method import FOLDED, read_method
 from mso_hub.plan.recipe import Recipe, default_reason
 from mso_hub.plan.recipe_file import manifest_settings
 from mso_hub.plan.select import is_linear
@@ -69,6 +72,7 @@ def make_card(
     *,
     source: str | Path | None = None,
     base_model: str | None = None,
+    evaluation: str | Path | None = None,
     on_event: Listener = ignore,
 ) -> NewCard:
     """README.md of a finished checkpoint; nothing is written.
@@ -76,12 +80,14 @@ def make_card(
     source      where it came from: adds sizes before, the error of every weight, licence and tags; by default the
                 repo and commit of mso_hub.json, where these are known
     base_model  repo id, where neither the source nor mso_hub.json tells
+    evaluation  JSON of `mso-hub evaluate` of this checkpoint; RecipeError for another one's
     Raises VerifyError when verify finds a problem (a card must not recommend a broken checkpoint), RecipeError for a
     base model that is no repo id, CheckpointError and HubError when the checkpoint or the source cannot be read.
     """
     base = repo_of(base_model) if base_model else None
     if base is not None and not looks_like_repo(base):
         raise RecipeError(f"base_model: must be the id of a repo on the Hub, like org/name; got {base_model!r}")
+    numbers = read_evaluation(evaluation) if evaluation is not None else None
     with ExitStack() as stack:
         ours = stack.enter_context(closing(open_source(where, on_event=on_event)))
         found = _source(ours, source, on_event)
@@ -89,9 +95,10 @@ def make_card(
         report = verify_checkpoint(ours, source=other, on_event=on_event)
         _require_good(report, _guessed(other) if source is None else "")
         mine = stack.enter_context(opening(ours))
+        _require_own_numbers(numbers, mine)
         theirs = like(stack.enter_context(opening(other)), mine) if other is not None else None
         manifest = read_manifest(ours)
-        content = _card(mine, theirs, report, manifest, base).encode()
+        content = _card(mine, theirs, report, manifest, base, numbers).encode()
         updated = _updated(manifest, content)
         commit = ours.origin.commit if ours.origin else None
         changed = not _holds(ours, {CARD: content, MANIFEST: updated})
@@ -131,7 +138,18 @@ def _require_good(report: Report, compared: str) -> None:
         )
 
 
-def _card(mine: Opened, theirs: Opened | None, report: Report, manifest: Mapping[str, Any], base: str | None) -> str:
+def _require_own_numbers(numbers: Evaluation | None, mine: Opened) -> None:
+    """RecipeError for an evaluation of another checkpoint."""
+    from mso_hub.calibrate.identity import fingerprint
+
+    if numbers and (numbers.tried or numbers.fingerprint != fingerprint(mine.source, mine.checkpoint)):
+        raise RecipeError(f"evaluation: is of {numbers.source}, not of this checkpoint as it is; `mso-hub evaluate` it")
+
+
+def _card(
+    mine: Opened, theirs: Opened | None, report: Report, manifest: Mapping[str, Any], base: str | None,
+    numbers: Evaluation | None,
+) -> str:  # fmt: skip
     """The whole README.md."""
     inputs = _input_scales(mine)
     stored = _stored(mine)
@@ -157,16 +175,17 @@ def _card(mine: Opened, theirs: Opened | None, report: Report, manifest: Mapping
         commit=commit,
         endpoint=endpoint,
         measured=f"by `mso-hub verify` on every number{against}",
-        activation=_activation(mine, inputs),
+        activation=_measured(mine, inputs, manifest) or _activation(mine, inputs),
         remote_code="auto_map" in mine.checkpoint.config,
         text_only=theirs is not None and _architectures(theirs) != _architectures(mine),
         made=bool(manifest),
-        exact=theirs is not None,
+        exact=theirs is not None and not ((by := read_method(manifest.get("method"))) and by.name in FOLDED),
         own=own,
         files=mine.source.files(),
         packed=_unpacked(mine, theirs, _recipe(manifest)),
         recipe=_recipe(manifest),
         imported=_imported(manifest, inputs),
+        evaluation=numbers,
     )
     return render(facts, original)
 
@@ -194,7 +213,13 @@ def _recipe(manifest: Mapping[str, Any]) -> Recipe | None:
     try:
         known = {key: value for key, value in manifest_settings(said).items() if not key.startswith(IMPORTED)}
         # The number stands for the scales that mso_hub.json leaves out.
-        return Recipe(**known, input_amax={"": 1.0} if _has_imported_scales(said) else {})
+        amax = {"": 1.0} if _has_imported_scales(said) else {}
+        made = read_facts(manifest.get("calibration"))
+        cache = {"": (1.0, 1.0)} if made and not amax and known.get("kv_cache") else {}
+        return Recipe(
+            **known, input_amax=amax, kv_scales=cache, calibration=made if amax or cache else None,
+            by_method=read_method(manifest.get("method")),
+        )  # fmt: skip
     except (MsoError, TypeError, ValueError, KeyError):  # of another version: the card does without the line
         return None
 
@@ -209,7 +234,8 @@ def _imported(manifest: Mapping[str, Any], inputs: Sequence[TensorInfo]) -> list
     said = manifest.get("recipe")
     said = said if isinstance(said, dict) else {}
     unsaid = said.get("scheme") == "nvfp4" and said.get("input_scale") is None and said.get("activations") is None
-    scales = _has_imported_scales(said) or (bool(inputs) and unsaid and not said.get("rules"))
+    measured = read_facts(manifest.get("calibration")) is not None
+    scales = (_has_imported_scales(said) and not measured) or (bool(inputs) and unsaid and not said.get("rules"))
     inside = bool(said.get("rules")) and isinstance(said.get("imported_ignore"), list)
     return imported(scales=scales, ignore=bool(said.get("imported_ignore")) and not inside)
 
@@ -249,6 +275,15 @@ def _input_scales(mine: Opened) -> list[TensorInfo]:
     """Stored activation scales of weights; scales of a KV cache are none."""
     names = {n for n in mine.runtime_scales if n.rpartition(".")[2] in ("input_scale", "input_global_scale")}
     return [info for info in _tensors(mine) if info.name in names and (info.dtype, info.nbytes) == ("F32", 4)]
+
+
+def _measured(mine: Opened, inputs: Sequence[TensorInfo], manifest: Mapping[str, Any]) -> str:
+    """What mso_hub.json says of a calibration, where there are scales that it can speak of."""
+    cache = any(name.endswith((".k_scale", ".v_scale")) for name in mine.runtime_scales)
+    facts = manifest.get("calibration")
+    if not isinstance(facts, dict) or not (inputs or cache):
+        return ""
+    return described(facts, inputs=bool(inputs), cache=cache)
 
 
 def _activation(mine: Opened, inputs: Sequence[TensorInfo]) -> str:

@@ -27,10 +27,11 @@ from mso_hub.plan import Recipe
 from mso_hub.plan.recipe import LAYOUTS
 from tests.helpers import tensors_of, tiny_llama, tiny_moe, write_checkpoint, write_files
 
+KT_OPTIONS = ("threadpool_count", "no_merge_safetensor", "experts_only", "resume_layer")
 GOLDEN = Path(__file__).parent / "golden" / "cli_options.txt"
 VERBS = (
     "quantize", "decompress", "extract", "extract-text", "inspect", "plan", "errors", "verify", "compare", "formats",
-    "demo", "card", "devhub", "smoke", "setup-vllm", "serve-check",
+    "demo", "card", "calibrate", "evaluate", "devhub", "smoke", "setup-vllm", "serve-check", "kt",
 )  # fmt: skip
 PROGRAMS = Path(sys.executable).parent
 
@@ -304,7 +305,7 @@ def test_every_scheme_option_reaches_the_recipe(name: str, dashed: bool, source:
 def test_the_options_above_are_all_scheme_options(source: Path) -> None:
     """Those that read another checkpoint or a file are tested on their own, below and with recipes."""
     elsewhere = {"exclude_config", "kv_scales", "recipe", "like", "text_only", "source", "input_dir", "json"}
-    elsewhere |= {"smoke", "tp", "vllm_python"}
+    elsewhere |= {"smoke", "tp", "vllm_python", "stats", "headroom", *KT_OPTIONS}
     assert {p.name for p in main.commands["plan"].params} - elsewhere == set(SCHEME_OPTIONS) - {"asymmetric"}
 
 
@@ -526,9 +527,9 @@ def test_silence_is_complete(flag: str, source: Path, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[list[str], str]] = {
     "both modes": (["quantize", "IN", "OUT", "--mlp_only", "--all_linear"], "contradict each other; keep one"),
     "block size": (["quantize", "IN", "OUT", "--block_size", "32"], "block_size must be 16 for nvfp4, got 32"),
-    "calibration": (["quantize", "IN", "OUT", "--calibrate"], "--input_scale 1.0 needs no calibration"),
-    "calibration size": (["quantize", "IN", "OUT", "--calib_size", "8"], "--calibrate: this version does not run"),
-    "calibration text": (["quantize", "IN", "OUT", "--calib-dataset", "c4"], "--input_scale DIR takes the scales"),
+    "calibration without a tokenizer": (["quantize", "IN", "OUT", "--calibrate"], "needs tokenizer.json"),
+    "calibration size": (["quantize", "IN", "OUT", "--calib_size", "8"], "--calib_size: is for a run that reads text"),
+    "calibration text": (["quantize", "IN", "OUT", "--calib-dataset", "c4"], "add --calibrate, or --method NAME, or"),
     "a GPU that is not there": (["quantize", "IN", "OUT", "--device", "cuda:99"], "CUDA devices are here; leave it"),
     "several GPUs": (["decompress", "IN", "OUT", "--num-gpus", "8"], "num_gpus 8: this version computes on"),
     "a format that is none": (["quantize", "IN", "OUT", "--format", "int3"], "format must be one of nvfp4, mxfp4"),

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+from mso_hub.calibrate.collect import collect_statistics
 from mso_hub.cli import main
 from mso_hub.engine import ThreadEngine
 from mso_hub.errors import CheckpointError, NonFiniteError, PlanError, RecipeError
@@ -33,6 +34,7 @@ from mso_hub.plan import Recipe
 from mso_hub.plan.reference import exclude_patterns
 from mso_hub.sink import MemorySink
 from mso_hub.source import MemorySource
+from tests.calibrate.statistics import rows_of
 from tests.helpers import (
     INDEX,
     checkpoint_files,
@@ -173,12 +175,18 @@ def test_mistake_07_every_family_has_its_names() -> None:
     }
 
 
-def test_mistake_08_calibration_is_refused_where_there_is_none(tmp_path: Path) -> None:
-    """The prototype's --calibrate never ran the model: weight maxima posed as activations, or silently nothing."""
-    words = ["quantize", "--input_dir", "x", "--output_dir", str(tmp_path / "out"), "--calibrate"]
+def test_mistake_08_calibration_runs_the_model(tmp_path: Path) -> None:
+    """The prototype's --calibrate never did: weight maxima posed as activations, or silently nothing."""
+    source = tiny_moe(tmp_path / "in")
+    words = ["quantize", "--input_dir", str(source), "--output_dir", str(tmp_path / "out"), "--calibrate"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2
-    assert "--input_scale 1.0 needs no calibration" in result.stderr
+    assert "has no tokenizer" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    first = collect_statistics(source, rows_of(2, 16), tmp_path / "first").amax
+    second = collect_statistics(source, rows_of(2, 16, seed=1), tmp_path / "second").amax
+    largest = {name.removesuffix(".weight"): float(t.abs().max()) for name, t in tensors_of(source).items()}
+    assert sum(first[module] not in (second[module], largest[module]) for module in first) > len(first) / 2
     with pytest.raises(RecipeError, match=r"input_scale=1\.0"):
         StreamingQuantizer("x", tmp_path / "out", calibrate=True)
 

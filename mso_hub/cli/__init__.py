@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mso_hub.cli.calibrate import CALIBRATE, STATS, encoding_device, measured, waits_for_scales, with_stats
 from mso_hub.cli.errors import CHOICE, choose, shortened
+from mso_hub.cli.methods import METHOD, method_settings, quantize_by_method, with_aliases
 from mso_hub.cli.options import (
     DEVICE,
     HUB,
@@ -42,13 +44,16 @@ from mso_hub.cli.options import (
 )
 from mso_hub.cli.running import PAUSED, pausable
 from mso_hub.cli.smoke import prove_plan, require_proof, wants_proof
-from mso_hub.errors import MsoError, RecipeError, TransientError
+from mso_hub.cli.text_options import INPUT_MODEL, OUTPUT_MODEL
+from mso_hub.errors import MsoError, TransientError
 
 if TYPE_CHECKING:
     from mso_hub.assess import Choice
+    from mso_hub.cli.methods import Ready
     from mso_hub.events import Listener
     from mso_hub.plan import Plan, Recipe
     from mso_hub.sink import Sink
+    from mso_hub.verify import Report
 
 
 class Program(click.Group):
@@ -120,12 +125,15 @@ def _convert(
     target = hub_target(options, recipe)
     fresh = options["fresh"] or not options["resume"]
     sink = open_sink(options["output_dir"], fresh=fresh, target=target, on_event=show)
-    with closing(open_source(options["input_dir"], on_event=show)) as source:
+    ready: Ready | None = options.get("ready")
+    opened = open_source(options["input_dir"], on_event=show) if ready is None else ready.source
+    by_method = () if recipe.by_method is None else recipe.by_method.notes
+    with closing(opened) as source:
         waits += [sink.abort, *([source.close] if source.distant else [])]
         plan = convert(
             source, sink, recipe, engine=engine, base_model=options["base_model"], report=options.get("report", ()),
-            notes=notes, check=partial(require_proof, options=options) if options.get("smoke") else None,
-            on_event=show,
+            notes=(*notes, *by_method), told=ready.told if ready else None,
+            check=partial(require_proof, options=options) if options.get("smoke") else None, on_event=show,
         )  # fmt: skip
     return plan, sink
 
@@ -151,21 +159,20 @@ def closing_lines(plan: Plan, sink: Sink, shown: Sequence[str] = ()) -> str:
 
 
 @main.command()
-@several(SOURCE, TARGET, SCHEME, CHOICE, SMOKE, RUN, DEVICE, HUB, LIST_CONFIGS)
-@opt("calibrate", is_flag=True, hidden=True)
-@opt("calib_size", type=int, hidden=True)
-@opt("calib_dataset", hidden=True)
-def quantize(calibrate: bool, calib_size: int | None, calib_dataset: str | None, **options: Any) -> None:
+@several(INPUT_MODEL, OUTPUT_MODEL, SCHEME, STATS, METHOD, CALIBRATE, CHOICE, SMOKE, RUN, DEVICE, HUB, LIST_CONFIGS)
+def quantize(**options: Any) -> None:
     """Quantize a checkpoint, tensor by tensor."""
-    if calibrate or calib_size or calib_dataset:
-        raise RecipeError(
-            "--calibrate: this version does not run the model; --input_scale 1.0 needs no calibration, "
-            "--input_scale DIR takes the scales of a calibrated checkpoint"
-        )
-    recipe = build_recipe(options)
+    options = with_aliases(options)
+    settings = method_settings(options)
+    recipe = build_recipe(options, waits=waits_for_scales(options))
     wants_proof(options)
     choice = choose(options, recipe)
-    execute({**options, "choice": choice}, choice.recipe if choice else recipe)
+    options, recipe = {**options, "choice": choice}, choice.recipe if choice else recipe
+    if settings is None:
+        recipe = measured(options, recipe)
+        execute({**options, "device": encoding_device(options)}, recipe)
+    else:
+        quantize_by_method(options, recipe, settings, execute)
 
 
 @main.command()
@@ -232,7 +239,7 @@ def inspect(source: str | None, input_dir: str | None, json: bool) -> None:
 @main.command()
 @click.argument("source", callback=given, required=False)
 @opt("input_dir", metavar="WHERE", help="The same as SOURCE.")
-@several(SCHEME, SMOKE, JSON)
+@several(SCHEME, STATS, SMOKE, JSON)
 def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) -> None:
     """Show from headers what would be quantized, what not and why, and the sizes. Exit code 2 when --smoke fails.
 
@@ -244,10 +251,10 @@ def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) 
     from mso_hub.smoke.text import shape_text
     from mso_hub.source import open_source
 
-    recipe = build_recipe(options)
+    recipe = build_recipe(options, waits=waits_for_scales(options))
     proves = wants_proof(options)
     with closing(open_source(one_of(source, input_dir), on_event=waiting)) as opened:
-        planned = make_plan(opened, recipe)
+        planned = make_plan(opened, with_stats(options, recipe, opened))
         report = prove_plan(planned, opened, options) if proves else None
     if json:
         emit({**plan_as_dict(planned), **({"smoke": report.as_dict()} if report else {})})
@@ -262,8 +269,13 @@ def plan(source: str | None, input_dir: str | None, json: bool, **options: Any) 
 @opt("source", metavar="WHERE", help="Where it came from: reports the dequantized error of every weight.")
 @opt("reference", metavar="WHAT", help="`modelopt`, or a checkpoint to compare with byte by byte.")
 @opt("tp", metavar="LIST", help="Tensor-parallel sizes at which groups must stay whole, like 1,2,4,8.")
+@opt("consumer", type=click.Choice(["kt"]), help="Load some experts in kt-kernel and compare its answers.")
+@opt("kt_python", metavar="PATH", help="--consumer: a Python that has kt-kernel [that of MSO_KT_PYTHON].")
 @JSON
-def verify(checkpoint: str, source: str | None, reference: str | None, tp: str | None, json: bool) -> None:
+def verify(
+    checkpoint: str, source: str | None, reference: str | None, tp: str | None, consumer: str | None,
+    kt_python: str | None, json: bool,
+) -> None:  # fmt: skip
     """Check a finished checkpoint: structure, config, shared scales, numbers. Exit code 2 when something is wrong.
 
     CHECKPOINT is a folder or hf://org/name@revision.
@@ -271,12 +283,18 @@ def verify(checkpoint: str, source: str | None, reference: str | None, tp: str |
     from mso_hub.display import report_text
     from mso_hub.progress import Bar
     from mso_hub.verify import verify_checkpoint
+    from mso_hub.verify.kt_consumer import check_consumer
 
     sizes = read_tp(tp)
-    report = pausable(
-        lambda show: verify_checkpoint(checkpoint, source=source, reference=reference, tp=sizes, on_event=show),
-        Bar(), lost="verification",
-    )  # fmt: skip
+    if kt_python and not consumer:
+        raise click.UsageError(f"--kt_python {kt_python}: is for --consumer kt; add it, or leave this out")
+
+    def check(show: Listener) -> Report:
+        """On the thread that works."""
+        found = verify_checkpoint(checkpoint, source=source, reference=reference, tp=sizes, on_event=show)
+        return check_consumer(found, checkpoint, consumer, kt_python) if consumer else found
+
+    report = pausable(check, Bar(), lost="verification")
     emit(report.as_dict() if json else report_text(report))
     if not report.ok:
         sys.exit(2)
@@ -319,11 +337,14 @@ def demo(source: str | None, output_dir: str) -> None:
 
 
 def _add_hub_commands() -> None:
-    from mso_hub.cli import errors, hub, smoke, vllm
+    from mso_hub.cli import calibrate, errors, evaluate, hub, kt, smoke, vllm
 
+    main.add_command(calibrate.calibrate)
     main.add_command(hub.card)
     main.add_command(hub.devhub)
     main.add_command(errors.errors)
+    main.add_command(evaluate.evaluate)
+    main.add_command(kt.kt)
     main.add_command(smoke.smoke)
     main.add_command(vllm.setup_vllm)
     main.add_command(vllm.serve_check)

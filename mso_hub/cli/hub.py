@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     help="Where it came from, for errors, licence and tags; by default the repo that mso_hub.json names.",
 )
 @opt("base_model", metavar="REPO", help="The base model, where it cannot be seen from the source.")
+@opt("evaluation", metavar="FILE", help="JSON of `mso-hub evaluate` of this checkpoint, to be shown in the card.")
 @opt("output", metavar="FILE", help="Write the card there (- prints it) instead of into the checkpoint.")
 @opt("fresh", is_flag=True, help="Replace a README.md that this tool did not write, or that was edited since.")
-def card(checkpoint: str, source: str | None, base_model: str | None, output: str | None, fresh: bool) -> None:
+def card(
+    checkpoint: str, source: str | None, base_model: str | None, evaluation: str | None, output: str | None, fresh: bool
+) -> None:  # fmt: skip
     """Write the model card of a finished checkpoint: into its folder, or as a commit into its repo."""
     from mso_hub.progress import waiting
     from mso_hub.recard import make_card, publish_card, require_place
@@ -34,7 +37,7 @@ def card(checkpoint: str, source: str | None, base_model: str | None, output: st
         require_place(checkpoint, fresh=fresh)
     elif output != "-" and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise RecipeError(f"--output {output}: needs the name of a file in a folder that exists")
-    made = make_card(checkpoint, source=source, base_model=base_model, on_event=waiting)
+    made = make_card(checkpoint, source=source, base_model=base_model, evaluation=evaluation, on_event=waiting)
     if output is None:
         click.echo(publish_card(made, fresh=fresh))
     elif output == "-":

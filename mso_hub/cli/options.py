@@ -32,6 +32,8 @@ def given(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
     """Refuse an empty text (a shell variable that is not set) and open a leading `~`, which `--x=~/y` keeps."""
     if value == "" or (isinstance(value, tuple) and "" in value):
         raise click.BadParameter("must not be empty", ctx, parameter)
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise click.BadParameter(f"must be UTF-8, got {value!r}; rename the file or folder", ctx, parameter)
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
 
 
@@ -84,6 +86,13 @@ RUN = several(
 DEVICE = opt("device", default="cpu", metavar="NAME", help="cpu, or cuda:N for NVFP4, FP8 and integers [cpu].")
 PROCESSORS = opt("device", default="cpu", hidden=True)
 """Where nothing is encoded a GPU is refused: decoding runs on processors."""
+KT = several(
+    opt("threadpool_count", type=int, metavar="T", help="kt-int4, kt-int8: NUMA nodes of the server [1]."),
+    opt("no_merge_safetensor", is_flag=True, help="kt-int4, kt-int8: a tree of .kt files, experts only."),
+    opt("experts_only", is_flag=True, help="kt-int4, kt-int8: leave the rest of the model out."),
+    opt("resume_layer", type=int, metavar="N", help="kt-int4, kt-int8: leave out the layers below N."),
+)
+KT_OPTIONS = ("threadpool_count", "no_merge_safetensor", "experts_only", "resume_layer")
 SCHEME = several(
     opt("format", metavar="NAME", help="What weights become; `mso-hub formats` lists them [nvfp4]."),
     opt("recipe", metavar="FILE", help="Several formats: FILE.toml, FILE.yaml, a preset, or an output to do again."),
@@ -106,6 +115,7 @@ SCHEME = several(
     opt("kv_scales", metavar="WHERE", help="A checkpoint whose k_scale and v_scale are taken."),
     opt("text_only", is_flag=True, help="Leave vision and audio parts out; flatten names and config."),
     opt("block_size", type=int, default=16, hidden=True),
+    KT,
 )  # fmt: skip
 JSON = opt("json", is_flag=True, help="Print JSON.")
 VLLM = opt("vllm_python", metavar="PATH", help="A Python that has vLLM [that of MSO_VLLM_PYTHON, else this one].")
@@ -176,7 +186,8 @@ def hub_target(options: dict[str, Any], recipe: Recipe) -> HubTarget | None:
 def read_size(text: str, name: str = "memory_budget") -> int:
     """`512MiB`, `2GB`, `1000000` -> bytes; RecipeError otherwise."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    number = text.strip().upper().rstrip("KMGIB")
+    units |= {"TB": 10**12, "TIB": 2**40}
+    number = text.strip().upper().rstrip("KMGTIB")
     unit = text.strip().upper()[len(number) :]
     try:
         nbytes = int(float(number) * units[unit])
@@ -198,11 +209,15 @@ def read_tp(text: str | None) -> tuple[int, ...]:
     return sizes
 
 
-def build_recipe(options: dict[str, Any]) -> Recipe:
-    """Options of SCHEME -> Recipe."""
+def build_recipe(options: dict[str, Any], *, waits: bool = False) -> Recipe:
+    """Options of SCHEME -> Recipe; where it `waits` for measured scales, a number stands for each of them."""
+    from mso_hub.cli.kt import kt_recipe
+    from mso_hub.formats import Scheme
+    from mso_hub.formats.kt import KT_FORMATS
     from mso_hub.legacy import check_block_size
     from mso_hub.plan import Recipe
     from mso_hub.plan.like import recipe_like
+    from mso_hub.plan.measured import STAND_IN, plain_takes_scale
     from mso_hub.plan.recipe_file import read_recipe
 
     check_block_size(options["block_size"])
@@ -211,15 +226,22 @@ def build_recipe(options: dict[str, Any]) -> Recipe:
     if options["recipe"] and options["like"]:
         raise RecipeError(f"--recipe {options['recipe']} and --like {options['like']} contradict each other; keep one")
     said = _said(options)
+    if options["format"] in KT_FORMATS:
+        return kt_recipe(options, said)
+    if idle := [name for name in KT_OPTIONS if options[name] not in (None, False)]:
+        raise RecipeError(f"--{idle[0]}: is for --format {' and '.join(KT_FORMATS)}; leave it out")
     for name, read in (("recipe", read_recipe), ("like", recipe_like)):
         if where := options[name]:
             _refuse_rule_options(options, f"--{name} {where}")
-            return read(where, **said)
+            return read(where, **said, waits=waits)
+    scheme = Scheme(options["format"] or "nvfp4", int(options["activations"]) if options["activations"] else None)
+    if waits and plain_takes_scale(scheme):
+        said["input_scale"] = STAND_IN
     return Recipe(
-        scheme=options["format"] or "nvfp4",
+        scheme=scheme.format,
         mode="all-linear" if options["all_linear"] else "mlp",
         targets=options["targets"],
-        activations=int(options["activations"]) if options["activations"] else None,
+        activations=scheme.activations,
         group_size=options["group_size"],
         symmetric=options["symmetric"],
         scale_search=options["scale_search"],

@@ -63,6 +63,8 @@ class _Assembler:
 
     def _begin(self, shard: ShardPlan) -> None:
         self._shard = shard
+        if shard.apart:
+            return
         self._out = self._stack.enter_context(self._files.open(shard.name, shard.nbytes))
         self._out.write(shard.header)
         self._names.extend((info.name, info.nbytes) for info in shard.tensors)
@@ -81,6 +83,8 @@ class _Assembler:
             self._written = 0
 
     def _end(self) -> None:
+        if self._shard is not None and self._shard.apart:
+            self._write_apart(self._shard)
         if self._names:
             name, nbytes = self._names[0]
             raise MsoError(f"{name}: planned {nbytes:,} bytes, {self._written:,} came; please report this")
@@ -88,6 +92,15 @@ class _Assembler:
             self._settle(self._shard.name)
         self._shard = None
         self._stack.close()
+
+    def _write_apart(self, shard: ShardPlan) -> None:
+        """Every tensor into a file of its own: they are in memory, one weight's at most."""
+        self._settle(shard.name)
+        self._shard = None
+        for info in shard.tensors:
+            with self._files.open(info.file, info.nbytes) as out:
+                for data in self._stash.pop(info.name):
+                    out.write(data)
 
     def abort(self) -> None:
         """Give the open file up."""

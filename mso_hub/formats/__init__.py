@@ -59,6 +59,7 @@ READABLE: dict[str, str] = {
     "int-quantized": "compressed-tensors INT8 (also naive-quantized): tensor, row or group, zero points",
     "ModelOpt INT": "W8A16, W8A8_SQ_PER_CHANNEL, W4A16_AWQ, smoothing scales included",
     "AWQ": "AutoAWQ GEMM, 4 bits, also as AutoRound writes it",
+    "KTransformers": "experts in INT4 and INT8, merged or a tree of .kt files, any number of NUMA nodes",
     "GPTQ": "2, 3, 4 and 8 bits, v1 and v2, act-order, also as AutoRound writes it",
 }
 """Formats of a source that can be decoded, for `mso-hub formats` and the README."""

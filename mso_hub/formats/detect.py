@@ -11,7 +11,9 @@ from typing import Any
 from mso_hub.checkpoint import TensorInfo
 from mso_hub.errors import CheckpointError, PlanError
 from mso_hub.formats.decoders.base import ReadShape
+from mso_hub.formats.decoders.kt import read_kt
 from mso_hub.formats.decoders.table import find_packed
+from mso_hub.formats.dialects.ktransformers import LAYOUT as KTRANSFORMERS
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -51,7 +53,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in CONFIG_KEYS
+        if key not in (*CONFIG_KEYS, KTRANSFORMERS)
     }
 
 
@@ -136,7 +138,7 @@ def read_weights(
 
     Raises PlanError for a quantized tensor without a decoder: bytes that nobody understands are never copied on.
     """
-    weights: list[Weight] = []
+    tensors, weights = read_kt(tensors, config, dtype, refused)
     dropped: list[str] = []
     consumed: set[str] = set()
     lost: set[str] = set()

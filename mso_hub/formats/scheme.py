@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mso_hub.checkpoint import Array, TensorInfo
 from mso_hub.errors import RecipeError
 
@@ -72,6 +75,11 @@ class Format(ABC):
         return False
 
     @property
+    def headroom(self) -> float:
+        """Factor on the largest magnitude that was measured, for activations that no calibration text showed."""
+        return 1.0
+
+    @property
     def wide_scales(self) -> bool:
         """Do loaders keep scales in F32, whatever the model's dtype?"""
         return False
@@ -120,6 +128,15 @@ class Format(ABC):
         amax    largest magnitude of the unit, for formats that share a scale; else unused
         Raises ValueError for a scale that its dtype cannot hold.
         """
+
+    def encode_weighted(
+        self, values: Array, dtype: str, dense: str, amax: float, importance: NDArray[np.float64]
+    ) -> tuple[Array, ...]:
+        """As `encode` with scales that have the least squared error, the squares times what their column weighs.
+
+        importance  [K] finite numbers >= 0, such as the mean square of what each column is multiplied with
+        """
+        raise RecipeError(f"{self.name}: its scales cannot be chosen by importance; take nvfp4, mxfp4, w4a16 or w8a16")
 
     @abstractmethod
     def decode(self, arrays: tuple[Array, ...], columns: int, dense: str, amax: float) -> Array:

@@ -85,7 +85,7 @@ def _texts(value: object) -> list[str]:
     ]
 
 
-def join_card(metadata: Mapping[str, Value], text: str) -> str:
+def join_card(metadata: Mapping[str, object], text: str) -> str:
     """README.md with the metadata on top, keys in the order given; texts that could be mistaken are quoted."""
     import yaml
 

@@ -18,6 +18,7 @@ from mso_hub.errors import PlanError
 from mso_hub.formats import DENSE, IMPORTED, Scheme
 from mso_hub.plan.recipe import Recipe, Rule
 from mso_hub.plan.select import EXPERT
+from mso_hub.plan.summary import percent
 
 LEAST_GAIN = 1e-9
 """Share of the error that an exchange must save: less is rounding."""
@@ -241,6 +242,26 @@ def _two_cheapest(kept: tuple[_Move, ...], move: _Move) -> tuple[_Move, ...]:
     for each in sorted((*kept, move), key=lambda m: (m.error, m.group, m.pick)):
         found.setdefault(each.group, each)
     return tuple(found.values())[:2]
+
+
+def spent(groups: Sequence[Group], target_bits: float, energy: float | None) -> tuple[tuple[int, ...], str]:
+    """Choice within a budget, and what it comes to; errors are KL divergences without an `energy`."""
+    spending = spend(groups, target_bits)
+    average = spending.nbits / sum(group.numbers for group in groups)
+    what, share = "sum of KL divergences", ""
+    if energy is not None:
+        what, share = "squared error", f" ({percent(spending.error / energy if energy > 0 else 0.0)})"
+    return spending.picks, (
+        f"{average:.4g} bits on average, at most {target_bits:g} asked for; {what} {spending.error:.6g}{share}, at "
+        f"best {spending.bound:.6g}: gap {100 * spending.gap:.2f} %"
+    )
+
+
+def stepped(groups: Sequence[Group], limit: float) -> tuple[tuple[int, ...], str]:
+    """Choice under a limit of the NMSE, and what it comes to."""
+    picks = step_down(groups, limit)
+    worst = max(group.options[pick].worst for group, pick in zip(groups, picks, strict=True))
+    return picks, f"worst NMSE {percent(worst)}, at most {percent(limit)} asked for"
 
 
 def exact_recipe(recipe: Recipe, chosen: Mapping[Scheme, Sequence[str]], modules: Iterable[str]) -> Recipe:

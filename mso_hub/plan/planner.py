@@ -10,17 +10,19 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mso_hub.checkpoint import Checkpoint, Group, TensorInfo
 from mso_hub.errors import PlanError
 from mso_hub.formats import DENSE, Format
 from mso_hub.formats.decoders.base import ReadShape
+from mso_hub.formats.decoders.kt import read_kt
 from mso_hub.formats.detect import quantization_configs, read_weights, with_dtype, without_quantization
 from mso_hub.formats.weight import Weight
 from mso_hub.plan.announce import announce, linear_modules
 from mso_hub.plan.config import REPO_FILES, carried_files, ignore_list, substring_problem
+from mso_hub.plan.measured import under_new_names
 from mso_hub.plan.recipe import Recipe
 from mso_hub.plan.select import Selection, select
 from mso_hub.plan.shards import ShardPlan, as_json, index_file, plan_shards
@@ -80,19 +82,21 @@ class Plan:
 
     def sizes(self, source_files: Mapping[str, int]) -> dict[str, int]:
         """Every file of the output -> bytes: shards first, config and index last."""
-        sizes = {shard.name: shard.nbytes for shard in self.shards}
+        sizes = {name: nbytes for shard in self.shards for name, nbytes in shard.files.items()}
         sizes |= {name: source_files[name] for name in self.carried}
         return sizes | {name: len(data) for name, data in self.files.items()}
 
 
-def _raise_problems(source: str, problems: Sequence[str]) -> None:
+def raise_problems(source: str, problems: Sequence[str]) -> None:
+    """PlanError with the first problems and the number of the others, where there are any."""
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise PlanError(f"{source}: nothing was written\n  " + "\n  ".join([*problems[:SHOWN], *more]))
 
 
 def _job(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    said = {key: value for key, value in asdict(recipe).items() if key != "unloadable" or value}
+    later = ("unloadable", "calibration", "by_method")
+    said = {k: value for k, value in asdict(recipe).items() if k not in later or value}
     settings = json.dumps([FORMAT_VERSION, checkpoint.identity, said], sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()
 
@@ -105,6 +109,7 @@ class _GroupPlan:
     problems: list[str]
     dropped: list[str]
     packed: int
+    measured: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,23 +118,26 @@ class _NameSpace:
 
     runtime  stored tensors that only the quantized runtime reads
     dropped  those, and the weights that a text-only output leaves out
+    names    weight as the source calls it -> its name here, where these differ
     """
 
     weights: Sequence[Weight]
     config: Mapping[str, Any]
     runtime: Mapping[str, TensorInfo]
     dropped: Sequence[str]
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def _name_space(group: Group, checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShape) -> _NameSpace:
     weights, dropped = read_weights(group.tensors, checkpoint.config, read_shape, recipe.dtype)
-    runtime = {name: group.tensors[name] for name in dropped}
+    named = read_kt(group.tensors, checkpoint.config, recipe.dtype)[0]
+    runtime = {name: named[name] for name in dropped}
     if not recipe.text_only:
         return _NameSpace(weights, checkpoint.config, runtime, dropped)
     text = text_model(checkpoint.config, {w.name: w.shape for w in weights})
     dropped += [w.name for w in weights if w.name not in text.names]
     weights = [replace(w, name=text.names[w.name]) for w in weights if w.name in text.names]
-    return _NameSpace(weights, text.config, runtime, dropped)
+    return _NameSpace(weights, text.config, runtime, dropped, text.names)
 
 
 def _selection(
@@ -154,6 +162,7 @@ def _plan_group(group: Group, checkpoint: Checkpoint, recipe: Recipe, read_shape
         selection = Selection((), {}, {}, kept, {})
     else:
         selection = settled(_selection(group, checkpoint, space, recipe))
+    recipe = under_new_names(recipe, space.names)
     scales, missing = input_scales(selection, recipe)
     problems = [*selection.problems, *missing]
     if problems:
@@ -161,7 +170,8 @@ def _plan_group(group: Group, checkpoint: Checkpoint, recipe: Recipe, read_shape
     stepper = Stepper(selection, scales, recipe, space.runtime)
     steps = stepper.steps(weights)
     left = [name for name in dropped if name not in stepper.used]
-    return _GroupPlan(space.config, selection, steps, stepper.problems, left, packed)
+    measured = recipe.calibration.notes(scales) if recipe.calibration is not None else []
+    return _GroupPlan(space.config, selection, steps, stepper.problems, left, packed, measured)
 
 
 def offered(
@@ -182,9 +192,9 @@ def _require_choice(
 ) -> None:
     """PlanError with all problems, patterns that match nowhere among them, or where nothing was chosen."""
     idle = _in_every([selection.idle for selection in selections])
-    _raise_problems(checkpoint.name, [*problems, *idle])
+    raise_problems(checkpoint.name, [*problems, *idle])
     if not any(selection.chosen for selection in selections):
-        _raise_problems(checkpoint.name, [_nothing_chosen(recipe)])
+        raise_problems(checkpoint.name, [_nothing_chosen(recipe)])
 
 
 def _nothing_chosen(recipe: Recipe) -> str:
@@ -203,7 +213,7 @@ def _group_shards(part: _GroupPlan, checkpoint: Checkpoint) -> list[ShardPlan]:
     """Output shards of one name space; PlanError when two of its tensors would get one name."""
     shards = plan_shards(part.steps, checkpoint)
     twice = [n for n, count in Counter(i.name for s in shards for i in s.tensors).items() if count > 1]
-    _raise_problems(checkpoint.name, [f"{n}: two weights become this tensor; remove the stale one" for n in twice])
+    raise_problems(checkpoint.name, [f"{n}: two weights become this tensor; remove the stale one" for n in twice])
     return shards
 
 
@@ -239,12 +249,12 @@ def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShap
     parts = [_plan_group(group, checkpoint, recipe, read_shape) for group in checkpoint.groups]
     problems = [problem for part in parts for problem in part.problems]
     if recipe.decodes:
-        _raise_problems(checkpoint.name, problems)
+        raise_problems(checkpoint.name, problems)
     else:
         _require_choice(checkpoint, recipe, [part.selection for part in parts], problems)
     if recipe.decodes and not recipe.text_only and not any(part.packed for part in parts):
         stale = " (its quantization_config is stale)" if quantization_configs(checkpoint.config) else ""
-        _raise_problems(checkpoint.name, [f"every weight is dense already{stale}; there is nothing to decompress"])
+        raise_problems(checkpoint.name, [f"every weight is dense already{stale}; there is nothing to decompress"])
     configs, barred = _configs(checkpoint, recipe, parts)
     files = {name: as_json(content) for name, content in configs.items()}
     by_group = [_group_shards(part, checkpoint) for part in parts]
@@ -265,7 +275,10 @@ def plan_checkpoint(checkpoint: Checkpoint, recipe: Recipe, read_shape: ReadShap
         files=files,
         carried=carried,
         behind=behind,
-        notes=(*(f"vLLM does not load this: {why}" for why in barred), *_notes(checkpoint, shards, parts, behind)),
+        notes=(
+            *(f"vLLM does not load this: {why}" for why in barred),
+            *_notes(checkpoint, recipe, shards, parts, behind),
+        ),
     )
 
 
@@ -276,10 +289,17 @@ def _is_lost(name: str, selection: Selection) -> bool:
 
 
 def _notes(
-    checkpoint: Checkpoint, shards: Sequence[ShardPlan], parts: Sequence[_GroupPlan], behind: Sequence[str]
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    shards: Sequence[ShardPlan],
+    parts: Sequence[_GroupPlan],
+    behind: Sequence[str],
 ) -> tuple[str, ...]:
     notes = [sentence for part in parts for sentence in part.selection.overlaps]
     notes += _in_every([part.selection.absent for part in parts])
+    notes += [sentence for part in parts for sentence in part.measured]
+    if recipe.calibration is not None and recipe.kv_cache and not recipe.kv_scales:
+        notes.append("the statistics hold nothing for a k_proj, so the FP8 KV cache has no scales; engines take 1.0")
     if lost := [name for part in parts for name in part.dropped if _is_lost(name, part.selection)]:
         notes.append(
             f"{len(lost)} activation scales of the source are not taken over, the first is {lost[0]}; "
@@ -287,7 +307,8 @@ def _notes(
         )
     if unused := _in_every([part.selection.unused for part in parts]):
         notes.append(f"{len(unused)} imported exclude patterns match nothing here, the first is {unused[0]!r}")
-    if empty := sorted(set(checkpoint.shards) - {shard.name for shard in shards}):
+    whole = {name for name in checkpoint.shards if name.endswith(".safetensors")}  # kt-kernel has a file per tensor
+    if empty := sorted(whole - {shard.name for shard in shards}):
         notes.append(f"{len(empty)} shards are left without tensors and not written: {', '.join(empty[:3])}")
     if stale := [name for name in behind if name not in (*REPO_FILES, "mso_hub.json")]:
         notes.append(f"not carried, they describe the old weights: {', '.join(stale[:5])}")

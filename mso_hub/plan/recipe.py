@@ -10,8 +10,11 @@ from typing import Any
 
 from mso_hub.errors import RecipeError
 from mso_hub.formats import ALIASES, DENSE, FORMATS, IMPORTED, Format, Scheme, build
+from mso_hub.formats.kt import KT_FORMATS
 from mso_hub.formats.weight import FLOAT_DTYPES
+from mso_hub.plan.calibration import Calibration
 from mso_hub.plan.layers import check_layers
+from mso_hub.plan.method import Method
 
 LAYOUTS = ("compressed-tensors", "modelopt", "deepseek")
 MODES = ("mlp", "all-linear")
@@ -118,6 +121,8 @@ class Recipe:
     input_amax      largest magnitude of each module's activations, for `input_scale` "imported"
     kv_cache        announce an FP8 KV cache; `kv_scales` are its scales (multipliers, amax / 448), attention module ->
                     (k, v), engines take 1.0 where there are none
+    calibration     where `input_amax` and `kv_scales` were measured; None: they are another checkpoint's
+    by_method       what made the source's weights ready for this; None: they are as their maker left them
     dtype           what packed weights become when they are decoded: BF16, F16 or F32
     text_only       drop vision and audio parts, flatten names and config
     unloadable      write also what vLLM is known not to load; the plan's notes say what that is
@@ -140,6 +145,8 @@ class Recipe:
     input_amax: Mapping[str, float] = field(default_factory=dict)
     kv_cache: bool = False
     kv_scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    by_method: Method | None = None
     dtype: str = "BF16"
     text_only: bool = False
     unloadable: bool = False
@@ -168,6 +175,11 @@ class Recipe:
         """Every scheme once: `nvfp4`, `nvfp4 + fp8_dynamic`."""
         return " + ".join(dict.fromkeys(rule.scheme.format for rule in self.all_rules if rule.scheme.format != DENSE))
 
+    @property
+    def measures(self) -> bool:
+        """Is the error of a sample measured and told, whatever else is asked for?"""
+        return False
+
     def __post_init__(self) -> None:
         """Refuse unknown words here, so that no later stage has to."""
         check_layers("skip_layers", self.skip_layers)
@@ -183,6 +195,8 @@ class Recipe:
                 [f.name for f in fields(self) if f.name not in kept],
                 f"scheme {self.scheme!r} decodes every packed weight and takes no such setting",
             )
+        elif self.scheme in KT_FORMATS:
+            raise RecipeError(f"format {self.scheme} regroups and renames experts for KTransformers; take a KtRecipe")
         elif self.scheme not in (*FORMATS, *ALIASES):
             raise RecipeError(f"format must be one of {', '.join([*FORMATS, *ALIASES, DENSE])}, got {self.scheme!r}")
         formats = [build(rule.scheme, self.layout, unloadable=self.unloadable) for rule in self.all_rules]
@@ -207,6 +221,8 @@ class Recipe:
             raise RecipeError(f"activation scales must be finite and > 0, got {min(values)} to {max(values)}")
         if self.kv_cache and self.layout == "deepseek":
             raise RecipeError(f"kv_cache: the layout {self.layout!r} has no word for it; leave it out")
+        if self.calibration is not None and not (self.input_amax or self.kv_scales):
+            raise RecipeError(f"calibration: nothing of it is here, it read {self.calibration.text!r}; leave it out")
         if self.kv_scales and not self.kv_cache:
             raise RecipeError(f"kv_scales: {len(self.kv_scales)} were given without kv_cache; add it")
 

@@ -29,8 +29,11 @@ from typing import Any
 
 from mso_hub.errors import RecipeError
 from mso_hub.formats import ALIASES, DENSE, FORMATS, IMPORTED, Scheme
+from mso_hub.formats.kt import KT_FORMATS
 from mso_hub.hub import is_address
+from mso_hub.plan.kt import recipe_of_output
 from mso_hub.plan.layers import check_layers, split_layers
+from mso_hub.plan.measured import STAND_IN, plain_takes_scale, takes_scale, waiting
 from mso_hub.plan.presets import find_preset, near_preset, near_word, preset_text
 from mso_hub.plan.recipe import LAYOUTS, MODES, Recipe, Rule, named_scheme
 from mso_hub.source import open_source
@@ -62,7 +65,8 @@ def read_recipe(where: str | Path, **said: Any) -> Recipe:
 
     where  FILE.toml or FILE.yaml; the name of a preset; or mso_hub.json, the folder or the hf://org/name that holds it
     said   fields of Recipe that go before the file's: layout, text_only, kv_cache, ...; `ignore` and `skip_layers`
-           add up; `input_scale` and `input_amax` are for every rule whose activations can have a static scale
+           add up; `input_scale` and `input_amax` are for every rule whose activations can have a static scale;
+           `waits` is True where these will be measured, see plan/measured.py
     Raises RecipeError that names the place, what was found there and what is allowed.
     """
     name, text = _open(str(where))
@@ -74,8 +78,17 @@ def read_recipe(where: str | Path, **said: Any) -> Recipe:
         settings = found.get("recipe")
         if not isinstance(settings, dict):
             raise RecipeError(f"{name}: needs the settings of a conversion (`recipe`), has {_listed(found)}")
+        if settings.get("scheme") in KT_FORMATS:
+            return _for_kt(name, settings, said)
         return finish(name, _from_manifest(name, settings), said)
     return finish(name, _from_file(name, found), said)
+
+
+def _for_kt(name: str, settings: Mapping[str, Any], said: Mapping[str, Any]) -> Recipe:
+    """The recipe of a conversion for kt-kernel; nothing can be given beside it."""
+    if given := [key for key, value in said.items() if value not in (None, False, (), {})]:
+        raise RecipeError(f"{name}: is for kt-kernel and takes no {given[0]}; leave it out")
+    return recipe_of_output(name, settings)
 
 
 def finish(name: str, found: Mapping[str, Any], said: Mapping[str, Any]) -> Recipe:
@@ -83,12 +96,16 @@ def finish(name: str, found: Mapping[str, Any], said: Mapping[str, Any]) -> Reci
     given = {key: value for key, value in said.items() if value is not None}
     rules: tuple[Rule, ...] = tuple(found.get("rules", ()))
     scale = given.pop("input_scale", None)
-    if scale is not None and rules:
-        if not any(map(_takes_scale, rules)):
+    if given.pop("waits", False):
+        rules = waiting(rules)
+        if not rules and plain_takes_scale(Scheme(found.get("scheme", "nvfp4"), found.get("activations"))):
+            given["input_scale"] = STAND_IN
+    elif scale is not None and rules:
+        if not any(map(takes_scale, rules)):
             labels = ", ".join(rule.label for rule in rules)
             raise RecipeError(f"{name}: --input_scale {scale}: no rule has static activation scales ({labels})")
         rules = tuple(
-            replace(rule, scheme=replace(rule.scheme, input_scale=scale)) if _takes_scale(rule) else rule
+            replace(rule, scheme=replace(rule.scheme, input_scale=scale)) if takes_scale(rule) else rule
             for rule in rules
         )
     elif scale is not None:
@@ -98,7 +115,7 @@ def finish(name: str, found: Mapping[str, Any], said: Mapping[str, Any]) -> Reci
     if needs and "input_scale" not in given and not given.get("input_amax"):
         raise RecipeError(
             f"{name}: {needs[0].label} has static activation scales, which are not in it; add --input_scale WHERE "
-            "(a checkpoint that has them) or --input_scale 1.0"
+            "(a checkpoint that has them), --stats FILE (statistics of a calibration) or --input_scale 1.0"
         )
     for key in ("ignore", "imported_ignore", "skip_layers"):
         given[key] = tuple(dict.fromkeys((*found.get(key, ()), *given.get(key, ()))))
@@ -106,14 +123,6 @@ def finish(name: str, found: Mapping[str, Any], said: Mapping[str, Any]) -> Reci
         return Recipe(**{**found, **given, "rules": rules})
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from error
-
-
-def _takes_scale(rule: Rule) -> bool:
-    """Can its activations have a static scale?"""
-    scheme = rule.scheme
-    return scheme.format == "fp8" or (
-        scheme.format == "nvfp4" and (scheme.activations == 4 or scheme.input_scale is not None)
-    )
 
 
 def _open(where: str) -> tuple[str, str]:
@@ -155,7 +164,7 @@ def _parse(name: str, text: str) -> dict[str, Any]:
     content: Any
     try:
         if name.endswith((".yaml", ".yml")):
-            content = _parse_yaml(text)
+            content = parse_yaml(text)
         elif name.endswith(".json"):
             content = json.loads(text)
         else:
@@ -176,7 +185,7 @@ def _parse_toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """YAML without tags; ValueError for what is malformed or says a key twice."""
     import yaml
 
@@ -195,6 +204,8 @@ def _parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("its tables and lists lie too deep in one another") from error
 
 
 def _typed(kind: type, expected: str) -> _Kind:

@@ -65,7 +65,7 @@ def is_linear(weight: Weight) -> bool:
     return is_fused_experts(weight) or (len(weight.shape) >= 2 and weight.name.endswith(".weight"))
 
 
-def _layers(config: Mapping[str, Any]) -> int | None:
+def layer_count(config: Mapping[str, Any]) -> int | None:
     """Number of decoder layers; MTP layers of DeepSeek and GLM are counted on from there."""
     nested = config.get("text_config")
     for part in (config, nested if isinstance(nested, dict) else {}):
@@ -98,7 +98,7 @@ class _Chooser:
         ]
         self._ignore, self._imported = Patterns(recipe.ignore), Patterns(recipe.imported_ignore)
         self._targets = [Patterns(t for t in rule.targets if t != LINEAR) for rule in self._rules]
-        self._layers = _layers(config)
+        self._layers = layer_count(config)
         spans = [
             ("skip_layers", recipe.skip_layers),
             *((f"layers of rule {at}", r.layers) for at, r in enumerate(self._rules, 1)),

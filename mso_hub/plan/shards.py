@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mso_hub.checkpoint import DTYPE_BITS, Checkpoint, Group, Shard, TensorInfo, build_header
+from mso_hub.formats.dialects.ktransformers import TREE_LAYER, without_layout
 from mso_hub.plan.steps import Step
 
 
@@ -17,6 +18,7 @@ class ShardPlan:
 
     original  size of the source's file of this name when nothing in it changes: the file itself is copied, and
               `header` is empty; None otherwise
+    apart     every tensor is a file of its own, without a header; the shard has the name of the last one
     """
 
     name: str
@@ -24,6 +26,12 @@ class ShardPlan:
     tensors: tuple[TensorInfo, ...]
     steps: tuple[Step, ...]
     original: int | None = None
+    apart: bool = False
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Files that it is written to -> bytes."""
+        return {info.file: info.nbytes for info in self.tensors} if self.apart else {self.name: self.nbytes}
 
     @property
     def nbytes(self) -> int:
@@ -70,19 +78,32 @@ def plan_shards(steps: Sequence[Step], checkpoint: Checkpoint) -> list[ShardPlan
     """One output file for each file that holds the first part of a weight."""
     by_file: dict[str, list[Step]] = {}
     for step in steps:
-        by_file.setdefault(step.weight.home.file, []).append(step)
+        by_file.setdefault(_file_of(step.weight.home.file), []).append(step)
     planned = []
     for name, members in by_file.items():
-        ordered, infos = _in_order(members)
-        if _is_unchanged(checkpoint.shards[name], members):
+        if name not in checkpoint.shards:
+            planned.append(one_shard(name, members, {}))
+        elif _is_unchanged(checkpoint.shards[name], members):
             shard = checkpoint.shards[name]
             place = {info.name: at for at, info in enumerate(shard.tensors)}
             stored = sorted(members, key=lambda step: place[step.weight.home.name])
             planned.append(ShardPlan(name, b"", shard.tensors, tuple(stored), shard.nbytes))
-            continue
-        header, placed = build_header(infos, name, checkpoint.shards[name].metadata)
-        planned.append(ShardPlan(name, header, placed, tuple(ordered)))
+        else:
+            planned.append(one_shard(name, members, without_layout(checkpoint.shards[name].metadata)))
     return planned
+
+
+def one_shard(name: str, steps: Sequence[Step], metadata: Mapping[str, str]) -> ShardPlan:
+    """A file with what some steps make."""
+    ordered, infos = _in_order(steps)
+    header, placed = build_header(infos, name, metadata)
+    return ShardPlan(name, header, placed, tuple(ordered))
+
+
+def _file_of(stored: str) -> str:
+    """Output file of what is stored in a file: its own name, a layer's where kt-kernel has a file for every tensor."""
+    match = TREE_LAYER.match(stored)
+    return f"model-layer-{int(match[1]):05d}.safetensors" if match else stored
 
 
 def _is_unchanged(shard: Shard, steps: Sequence[Step]) -> bool:

@@ -109,12 +109,21 @@ def input_scales(selection: Selection, recipe: Recipe) -> tuple[dict[str, float]
         found = [recipe.input_amax[w.module] for w in members if w.module in recipe.input_amax]
         missing += [w.module for w in members if w.module not in recipe.input_amax]
         if found:
-            scales |= {w.module: form.input_scale(max(found)) for w in members}
+            scales |= {w.module: form.input_scale(max(found) * _headroom(form, recipe)) for w in members}
     if not missing:
         return scales, []
+    if recipe.calibration is not None:
+        return scales, [recipe.calibration.missing(module) for module in missing]
     return scales, [
         f"{missing[0]}: has no input_scale among the imported ones, nor have {len(missing) - 1} others; ignore them"
     ]
+
+
+def _headroom(form: Format, recipe: Recipe) -> float:
+    """Factor on a measured magnitude; what another checkpoint had is taken as it is."""
+    if recipe.calibration is None:
+        return 1.0
+    return form.headroom if recipe.calibration.headroom is None else recipe.calibration.headroom
 
 
 class Stepper:

@@ -8,14 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mso_hub.formats import Format
+from mso_hub.formats.dialects.ktransformers import LAYOUT as KTRANSFORMERS
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
+from mso_hub.plan.kt import KtRecipe
 from mso_hub.plan.planner import Plan
 from mso_hub.plan.recipe import Recipe
 from mso_hub.plan.recipe_file import MANIFEST
 
 HINT = " (--all_linear takes it)"
 """End of a reason that helps who converts, and nobody else."""
-INTEGERS = ("w4a16", "w8a16", "int8")
+INTEGERS = ("w4a16", "w8a16", "int8", "kt-int4", "kt-int8")
 DTYPES = {"BF16": "BF16", "F16": "FP16", "F32": "FP32"}
 """Safetensors dtype -> what people call it."""
 
@@ -81,7 +83,8 @@ class Stored:
         """As the Hub's users look for it."""
         if not self.layout:
             return (self.label.lower(),)
-        return (self.scheme, self.short.lower(), self.layout, f"{self.bits}-bit", "vllm")
+        engine = () if self.layout == KTRANSFORMERS else ("vllm",)
+        return (self.scheme, self.short.lower(), self.layout, f"{self.bits}-bit", *engine)
 
 
 def form_of(weight: Weight) -> Stored:
@@ -108,8 +111,10 @@ def command(recipe: Recipe, source: str, target: str) -> str:
 
     source, target  words of the shell as they are to stand there
     """
-    default = Recipe(scheme=recipe.scheme)
     words = ["mso-hub", "quantize"]
+    if isinstance(recipe, KtRecipe):
+        return " ".join([*words, *recipe.words, "--input_dir", source, "--output_dir", target])
+    default = Recipe(scheme=recipe.scheme)
     if recipe.decodes:
         extract = recipe.text_only and recipe.dtype == default.dtype
         words[1] = "extract-text" if extract else "decompress"
@@ -134,7 +139,28 @@ def command(recipe: Recipe, source: str, target: str) -> str:
         words += ["--kv_cache", "fp8"] if recipe.kv_cache else []
         words += ["--text_only"] if recipe.text_only else []
         words += ["--no_smoke"] if recipe.unloadable else []
+    words += [] if recipe.by_method is None else recipe.by_method.words
+    if recipe.calibration is not None:
+        words += ["--stats", "STATISTICS"]
+        headroom = recipe.calibration.headroom
+        words += [] if headroom is None else ["--headroom", f"{headroom:g}"]
     return " ".join([*words, "--input_dir", source, "--output_dir", target])
+
+
+def serve_words(
+    target: str, revision: str | None, stored: Sequence[Stored], recipe: Recipe | None, model: str | None
+) -> list[str]:
+    """The command that serves an output.
+
+    target, revision  of the output, `model` where it was made from
+    """
+    packed = next((form for form in stored if form.layout), None)
+    if packed is None or packed.layout != KTRANSFORMERS:
+        return ["vllm", "serve", target, *(["--revision", revision] if revision else [])]
+    server = ["python", "-m", "sglang.launch_server", f"--model={model or 'MODEL'}"]
+    nodes = [f"--kt-threadpool-count={recipe.threadpool_count}"] if isinstance(recipe, KtRecipe) else []
+    folder = f"--kt-weight-path=./{target.rpartition('/')[2]}"
+    return [*server, folder, f"--kt-method=AMX{packed.scheme.upper()}", *nodes]
 
 
 def imported(*, scales: bool, ignore: bool) -> list[str]:

@@ -12,6 +12,7 @@ from mso_hub.checkpoint import Checkpoint, TensorInfo
 from mso_hub.errors import RecipeError
 from mso_hub.events import Listener, ignore
 from mso_hub.formats.detect import quantization_configs
+from mso_hub.formats.dialects.ktransformers import LAYOUT as KTRANSFORMERS
 from mso_hub.formats.weight import Weight
 from mso_hub.hub import Origin
 from mso_hub.serving.formats import Found, formats_of
@@ -138,6 +139,11 @@ def serve_check(
         checkpoint, weights = opened.checkpoint, tuple(opened.weights.values())
         origin, path = opened.source.origin, opened.source.path
         stored = {i.name: i for group in checkpoint.groups for i in group.tensors.values()}
+    if any(w.decoder is not None and w.decoder.layout == KTRANSFORMERS for w in weights):
+        raise RecipeError(
+            f"{checkpoint.name}: its experts are stored for KTransformers, vLLM has no loader for them; "
+            "docs/ktransformers.md has the command that serves it"
+        )
     others = [stored[name] for name in opened.runtime_scales if name in stored]
     config = checkpoint.config
     verdicts = tuple(

@@ -60,6 +60,9 @@ class Sink(Protocol):
         Raises RecipeError for the source itself, and where a private source would become public.
         """
 
+    def require_free(self) -> None:
+        """Refuse a place that `begin` would refuse whatever the job: for work of hours before it. Makes nothing."""
+
     def begin(self, job: str, sizes: Mapping[str, int]) -> None:
         """Check permission, space and what lies there, and find what an earlier run of this job completed.
 

@@ -10,7 +10,9 @@ from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Protocol
 
+from mso_hub.checkpoint import Array
 from mso_hub.errors import SinkError
+from mso_hub.hub.upload import Upload
 
 STOPPING = 2.0
 """Seconds that an upload has to notice that it was aborted; the thread does not keep the process alive."""
@@ -40,6 +42,17 @@ class _Outcome:
         else:
             self._future.set_exception(error)
         return True
+
+
+class Writer:
+    """The bytes of a file, to the Hub."""
+
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+
+    def write(self, data: bytes | Array) -> None:
+        """Append bytes."""
+        self._upload.write(data if isinstance(data, bytes) else data.reshape(-1).tobytes())
 
 
 class Background:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from mso_hub.checkpoint import Array
 from mso_hub.errors import SinkError, TransientError
 from mso_hub.hub import Address, Client, Origin, RemoteFile, take_snapshot
 from mso_hub.hub.commit import Change, Commit, Put, VanishedError, absent, described, require_valid_card
@@ -24,7 +23,7 @@ from mso_hub.hub.lfs import present
 from mso_hub.hub.lookup import head_of, is_commit_of, read_small
 from mso_hub.hub.target import DEFAULT, Access, Target, Wish, create, look
 from mso_hub.hub.upload import Stored, Upload, duplicate
-from mso_hub.sink.background import Background
+from mso_hub.sink.background import Background, Writer
 from mso_hub.sink.guard import require_hidden, require_journal_branch, require_other
 from mso_hub.sink.journal import Entry, Journal, cache_folder, header_of, journal_path
 from mso_hub.sink.mirror import BEGUN, Mirror
@@ -36,15 +35,6 @@ CARD = "README.md"
 TITLE = "Add a converted checkpoint"
 WAITING = 1
 """Finished files that may wait for their upload while the next one is produced."""
-
-
-class _Writer:
-    def __init__(self, upload: Upload) -> None:
-        self._upload = upload
-
-    def write(self, data: bytes | Array) -> None:
-        """Append bytes."""
-        self._upload.write(data if isinstance(data, bytes) else data.reshape(-1).tobytes())
 
 
 class HubSink:
@@ -159,6 +149,14 @@ class HubSink:
         if origin is not None:
             require_other(origin, self._client.endpoint, self._wish)
 
+    def require_free(self) -> None:
+        """Errors of `begin` for a repo that may not be written to; nothing is created."""
+        access = look(self._client, self._wish)
+        require_hidden(self._origin, self._wish, private=access.private)
+        self._account, self._target = access.account, access.target
+        if access.exists and (survey := self._surveyed(missing=access.missing)).finished is None:
+            survey.require_room("", fresh=self._fresh)
+
     def begin(self, job: str, sizes: Mapping[str, int]) -> None:
         """Refuse what cannot work, then see what is done; a finished output of the same job is done in full."""
         self.close()
@@ -272,14 +270,14 @@ class HubSink:
                 journal.undo(name)
 
     @contextmanager
-    def open(self, file: str, nbytes: int) -> Iterator[_Writer]:
+    def open(self, file: str, nbytes: int) -> Iterator[Writer]:
         """A file of known size, stored while it is written and after; it is an entry when the Hub has it."""
         journal, background = self._open_journal, self._background
         assert background is not None  # noqa: S101 - lives as long as the journal
         background.settle(WAITING)
         self._upload = upload = Upload(self._client, self._target, file, nbytes)
         try:
-            yield _Writer(upload)
+            yield Writer(upload)
             upload.require_whole()
         except BaseException:
             upload.abort()

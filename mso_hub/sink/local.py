@@ -140,6 +140,11 @@ class LocalSink:
             return None
         return job if isinstance(job, str) else None
 
+    def require_free(self) -> None:
+        """SinkError for a place that `begin` would refuse whatever the job; nothing is made there."""
+        if self.finished_job() is None:
+            self._require_replaceable(None, "")
+
     def guard(self, origin: Origin | None) -> None:
         """Nothing: it is not on a Hub, and seen by whom its folder lets."""
 

@@ -73,6 +73,9 @@ class MemorySink:
     def guard(self, origin: Origin | None) -> None:
         """Nobody else sees it."""
 
+    def require_free(self) -> None:
+        """Nothing: what lies there is this tool's."""
+
     def begin(self, job: str, sizes: Mapping[str, int]) -> None:
         """Refuse another job than the one that is here."""
         if self._job not in ("", job):

@@ -14,6 +14,9 @@ from mso_hub.source.reads import Job
 
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
 
+ALIGNED = 64
+"""Bytes at a multiple of which what was read begins: arithmetic libraries need not copy it."""
+
 
 def _is_text(name: str) -> bool:
     """Is a file name real text? Python spells bytes that are not UTF-8 as lone surrogates."""
@@ -98,7 +101,8 @@ class LocalSource:
 
     def read(self, file: str, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of `file`."""
-        out = np.empty(end - begin, np.uint8)
+        room = np.empty(end - begin + ALIGNED, np.uint8)
+        out = room[-room.ctypes.data % ALIGNED :][: end - begin]
         view = out.data
         done = 0
         try:

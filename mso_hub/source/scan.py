@@ -19,6 +19,7 @@ from mso_hub.checkpoint import (
     parse_index,
 )
 from mso_hub.errors import CheckpointError
+from mso_hub.source.kt_tree import tree_shards
 
 if TYPE_CHECKING:
     from mso_hub.source import Source
@@ -97,7 +98,8 @@ def read_checkpoint(source: Source) -> Checkpoint:
     apart = other_models(files)
     own = {name: size for name, size in files.items() if not name.startswith(apart)}
     shards = {name: read_shard(source, name, size) for name, size in own.items() if name.endswith(".safetensors")}
-    if not shards:
+    tree = {} if shards else tree_shards(own)
+    if not shards and not tree:
         models = f", models of their own in {', '.join(apart)}" if apart else ""
         old = any(name.endswith((".bin", ".pth", ".pt", ".gguf")) for name in own)
         way_out = (
@@ -106,7 +108,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
         raise CheckpointError(
             f"{source.name}: needs at least one .safetensors file, found {len(own)} other files{models}; {way_out}"
         )
-    indices = [name for name in own if name.endswith(INDEX_SUFFIX)]
+    indices = [name for name in own if name.endswith(INDEX_SUFFIX) and not tree]
     groups = [_indexed_group(name, source, shards, files) for name in indices]
     owned: dict[str, str] = {}
     for group in groups:
@@ -115,11 +117,14 @@ def read_checkpoint(source: Source) -> Checkpoint:
                 raise CheckpointError(f"{shard}: listed by {owned[shard]} and by {group.index}; keep one index")
             owned[shard] = str(group.index)
     groups = _join_loose(groups, [shard for name, shard in shards.items() if name not in owned])
+    if tree:
+        groups.append(Group(None, _merge(tree.values(), source.name)))
     digest = hashlib.sha256()
     for name in sorted(set(files) - BESIDE):
         digest.update(f"{name}\0{source.stamp(name)}\0".encode())
     config: dict[str, Any] = {}
     if "config.json" in files:
         config = parse_config(source.read("config.json", 0, files["config.json"]).tobytes(), "config.json")
+    shards |= tree
     rest = {n: s for n, s in files.items() if n not in shards and n not in indices}
     return Checkpoint(source.name, digest.hexdigest(), shards, tuple(groups), config, rest)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mso_hub.checkpoint import Checkpoint
 from mso_hub.formats.detect import quantization_configs
+from mso_hub.formats.dialects.ktransformers import LAYOUT as KTRANSFORMERS
 from mso_hub.formats.weight import FLOAT_DTYPES, Weight
 from mso_hub.plan.fusion import unit_of, units
 from mso_hub.plan.select import EXPERT
@@ -34,6 +35,10 @@ def config_problems(
     refused         modules of which it is known already that they are not what the config says
     """
     configs = quantization_configs(checkpoint.config)
+    others = [w for w in weights if w.decoder is None or w.decoder.layout != KTRANSFORMERS]
+    if len(others) < len(weights) and not any(w.decoder is not None for w in others):
+        return  # kt-kernel's experts, which no quantization_config names: what the source had of it is about the rest
+    weights = others
     packed = [w for w in weights if w.decoder is not None]
     if not configs:
         if packed:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mso_hub.events import Hashed, Listener, ignore
 from mso_hub.hub import looks_like_repo
+from mso_hub.plan.method import Method, read_method
 from mso_hub.source import Source
 
 MANIFEST = "mso_hub.json"
@@ -89,6 +90,11 @@ def is_ours(source: Source) -> bool:
     """Does mso_hub.json say that this tool made the checkpoint?"""
     manifest = read_manifest(source)
     return isinstance(manifest.get("job"), str) and isinstance(manifest.get("recipe"), dict)
+
+
+def method_of(source: Source) -> Method | None:
+    """The method that mso_hub.json names, None where this tool only rounded."""
+    return read_method(read_manifest(source).get("method"))
 
 
 def made_from(source: Source) -> tuple[str, str] | None:

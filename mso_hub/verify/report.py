@@ -17,6 +17,7 @@ class TensorError:
     max_abs  largest |difference|
     stored   how the weight is stored now
     strays   numbers that are not stored as the code nearest to the source's; None where that is not known
+    flips    numbers with another sign than the source's; None where they were not compared
     """
 
     name: str
@@ -24,6 +25,7 @@ class TensorError:
     max_abs: float
     stored: str
     strays: int | None = None
+    flips: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

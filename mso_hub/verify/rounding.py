@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mso_hub.checkpoint import Array
+from mso_hub.formats.dialects.ktransformers import LAYOUT as KTRANSFORMERS
 from mso_hub.formats.weight import Weight
 
 INTEGERS, FLOATS = 0.6, 1.01
@@ -44,9 +45,9 @@ class _Masks:
 
 
 def _masks(weight: Weight) -> _Masks | None:
-    """None for dense weights and for codes that straddle words."""
+    """None for dense weights, for codes that straddle words, and for kt-kernel's, which are rounded twice."""
     decoder, codes = weight.decoder, weight.parts.get("codes")
-    if decoder is None or codes is None:
+    if decoder is None or codes is None or decoder.layout == KTRANSFORMERS:
         return None
     if decoder.scheme in ("fp8", "mxfp8"):
         return _Masks(0x01, 0x7E)

@@ -20,6 +20,7 @@ from mso_hub.formats.detect import module_of, quantization_configs
 from mso_hub.formats.dialects.modelopt import QUANT_CONFIG_FILE
 from mso_hub.formats.weight import FLOAT_DTYPES, Reader, Weight
 from mso_hub.plan.experts import is_fused_experts, split_experts
+from mso_hub.plan.method import FOLDED, Method
 from mso_hub.plan.text import text_model
 from mso_hub.source import Source
 from mso_hub.verify.announced import announces_cache
@@ -27,13 +28,14 @@ from mso_hub.verify.cache import cache_problems
 from mso_hub.verify.companions import companion_problems
 from mso_hub.verify.config import config_notes, config_problems
 from mso_hub.verify.incomplete import refusals
-from mso_hub.verify.manifest import bytes_to_hash, check_manifest, is_ours, wrong_source
+from mso_hub.verify.kt import as_converted, kt_problems, kt_source_notes
+from mso_hub.verify.manifest import bytes_to_hash, check_manifest, is_ours, method_of, wrong_source
 from mso_hub.verify.opened import Opened, opening
 from mso_hub.verify.parallel import parallel_notes, parallel_problems
 from mso_hub.verify.reference import compare_reference
 from mso_hub.verify.report import Report, TensorError, alike
 from mso_hub.verify.rounding import can_count, count_strays
-from mso_hub.verify.scales import check_scales
+from mso_hub.verify.scales import check_scales, scale_notes
 from mso_hub.verify.structure import structure_problems
 
 CHUNK = 8 << 20
@@ -49,7 +51,8 @@ ROUNDED_LIMIT = 1e-4
 """The same for a weight that was only decoded and rounded; BF16 has 3e-6."""
 STRAYS = 0.5
 """Share of numbers that may have another code than the nearest where another tool chose the codes: GPTQ leaves 0.05 to
-0.25. This tool rounds, so that there are none."""
+0.25. This tool rounds, so that there are none, but where mso_hub.json says that it took GPTQ."""
+GPTQ = "gptq"
 NOTHING = {"F16": 2.0**-22}
 """Dtype of the source -> differences below this are none, others below 1e-30: a format may turn whole weights of such
 numbers to zero, and has no room for the scales of F16 ones."""
@@ -99,23 +102,34 @@ def _verify(
     weights = list(mine.weights.values())
     tp, ep = parallel
     problems += parallel_problems(mine.checkpoint.config, weights, tp, ep=ep)
-    notes = tuple(config_notes(mine.checkpoint, weights))
+    notes = (*config_notes(mine.checkpoint, weights), *scale_notes(mine))
     notes += () if tp else tuple(parallel_notes(mine.checkpoint.config, weights))
     identical = 0
     errors: list[TensorError] = []
     far: list[str] = []
+    scaled = 0
     equal: dict[str, int] = {}
     with ThreadPoolExecutor(default_workers()) as pool:
         if theirs is not None:
+            notes += tuple(kt_source_notes(mine, theirs))
             far += _missing(mine, theirs)
-            outcomes = pool.map(lambda p: distance(mine, theirs, *p, count=True), pairs)
-            rounded = is_ours(mine.source)
+            ours, method = is_ours(mine.source), method_of(mine.source)
+            folded = method is not None and method.name in FOLDED
+            outcomes = pool.map(lambda p: distance(mine, theirs, *p, count=True, signs=folded), pairs)
+            rounded = ours and (method is None or method.name != GPTQ)
             for pair, outcome in zip(pairs, outcomes, strict=True):
                 on_event(TensorDone(pair[0].name, pair[1].nbytes))
                 identical += outcome is None
-                if outcome is not None:
+                if outcome is None:
+                    continue
+                found = _too_far(outcome, *pair, rounded=rounded)
+                if found and folded and outcome.flips is not None:
+                    scaled += 1
+                    found = _flipped(outcome, pair[0])
+                else:
                     errors.append(outcome)
-                    far += _too_far(outcome, *pair, rounded=rounded)
+                far += found
+            notes += method_notes(method, scaled)
             problems = [*wrong_source(mine.source, theirs.source, far), *problems, *far]
         if reference is not None:
             compared = compare_reference(mine, theirs, reference, pool)
@@ -137,6 +151,7 @@ def _own_problems(mine: Opened) -> tuple[int, list[str]]:
     for config in quantization_configs(mine.checkpoint.config)[:1]:
         problems += companion_problems(config, mine)
     shared, scale_problems = check_scales(mine)
+    problems += kt_problems(mine)
     return shared, [*problems, *scale_problems, *cache_problems(mine)]
 
 
@@ -187,7 +202,24 @@ def like(theirs: Opened, mine: Opened) -> Opened:
     for weight in [w for n, w in weights.items() if is_fused_experts(w) and n not in mine.weights]:
         del weights[weight.name]
         weights.update((part.name, part) for part in split_experts(weight, config, theirs.weights))
-    return replace(theirs, weights=weights)
+    return as_converted(replace(theirs, weights=weights), mine)
+
+
+def method_notes(method: Method | None, scaled: int) -> tuple[str, ...]:
+    """Sentences about how weights were made, where that was more than rounding.
+
+    scaled  weights that hold other numbers than the source's
+    """
+    if method is None:
+        return ()
+    found = (f"method, as mso_hub.json has it: {method.sentence}",)
+    if not scaled:
+        return found
+    more = (
+        f"{scaled:,} weights were multiplied by scales of {method.name}, which are kept nowhere: their numbers cannot "
+        "be compared with the source's, and are not in the table; their signs can"
+    )
+    return (*found, more)
 
 
 def _missing(mine: Opened, theirs: Opened) -> Iterator[str]:
@@ -229,10 +261,12 @@ def _bytes_of(array: Array) -> Array:
     return array.reshape(-1).view(np.uint8)
 
 
-def distance(mine: Opened, theirs: Opened, now: Weight, before: Weight, *, count: bool = False) -> TensorError | None:
+def distance(
+    mine: Opened, theirs: Opened, now: Weight, before: Weight, *, count: bool = False, signs: bool = False
+) -> TensorError | None:
     """Error of one weight, None when both are stored alike and their bytes are equal.
 
-    count  count the strays too
+    count  count the strays too, and `signs` the flips
     """
     stored = now.decoder.name if now.decoder else now.dtype
     if now.shape != before.shape:
@@ -245,20 +279,29 @@ def distance(mine: Opened, theirs: Opened, now: Weight, before: Weight, *, count
     if any(w.decoder is None and w.dtype not in FLOAT_DTYPES for w in (now, before)):
         return TensorError(now.name, math.inf, math.inf, f"{stored}, other bytes than the source")
     try:
-        nmse, largest, strays = _error(mine, theirs, now, before, ranges, count=count and can_count(now))
+        nmse, largest, strays, flips = _error(
+            mine, theirs, now, before, ranges, count=count and can_count(now), signs=signs
+        )
     except CheckpointError as damage:  # a scale that decodes to nothing: this weight's finding, not the end
         return TensorError(now.name, math.inf, math.inf, f"{stored}, {damage}")
-    return TensorError(now.name, nmse, largest, stored, strays)
+    return TensorError(now.name, nmse, largest, stored, strays, flips)
 
 
 def _error(
-    mine: Opened, theirs: Opened, now: Weight, before: Weight, ranges: Sequence[tuple[int, int]], *, count: bool
-) -> tuple[float, float, int | None]:
-    """(relative squared error, largest difference, strays) of one weight against the source."""
+    mine: Opened,
+    theirs: Opened,
+    now: Weight,
+    before: Weight,
+    ranges: Sequence[tuple[int, int]],
+    *,
+    count: bool,
+    signs: bool,
+) -> tuple[float, float, int | None, int | None]:
+    """(relative squared error, largest difference, strays, flips) of one weight against the source."""
     from mso_hub.formats.numerics.floats import widen
 
     error = energy = largest = 0.0
-    strays = 0
+    strays = flips = 0
     with np.errstate(all="ignore"):  # a damaged scale may give infinities: they are the finding
         for rows in ranges:
             reference = _numbers(before, theirs.source.read, *rows)
@@ -269,8 +312,9 @@ def _error(
             energy += float(np.square(reference, dtype=np.float64).sum())
             largest = max(largest, float(difference.max(initial=0)))
             strays += count_strays(now, loaded, rows, values, difference, before.dtype) if count else 0
+            flips += int(np.count_nonzero(values * reference < 0)) if signs else 0
     nmse = error / energy if energy > 0 else (0.0 if error == 0 else math.inf)
-    return nmse, largest, strays if count else None
+    return nmse, largest, strays if count else None, flips if signs else None
 
 
 def plausible(weight: Weight) -> float:
@@ -290,6 +334,17 @@ def plausible(weight: Weight) -> float:
         return limit
     under, codes = math.prod(weight.shape) / math.prod(weight.parts["scale"].shape), (1 << decoder.bits) - 1.5
     return max(limit, under / (under + codes * codes))
+
+
+def _flipped(error: TensorError, weight: Weight) -> list[str]:
+    """A sentence for numbers with another sign than the source's: the scales of a method are positive."""
+    if not error.flips:
+        return []
+    found = (
+        f"{error.name}: {error.flips:,} of {math.prod(weight.shape):,} numbers do not have the sign of the source's "
+        f"({error.stored}); it is damaged, or was made from something else"
+    )
+    return [found]
 
 
 def _too_far(error: TensorError, weight: Weight, before: Weight, *, rounded: bool) -> list[str]:

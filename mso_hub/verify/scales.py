@@ -10,11 +10,14 @@ import numpy as np
 from mso_hub.checkpoint import DTYPE_BITS
 from mso_hub.errors import CheckpointError
 from mso_hub.formats.decoders.nvfp4 import Nvfp4Decoder
+from mso_hub.formats.dialects.ktransformers import LAYOUT as KTRANSFORMERS
 from mso_hub.formats.weight import FLOAT_DTYPES, NUMPY, Weight, read_rows
+from mso_hub.plan.calibration import described
 from mso_hub.plan.fusion import unit_of, units
 from mso_hub.plan.select import EXPERT
 from mso_hub.verify.companions import INPUT_SCALES
 from mso_hub.verify.lost import lost_scales
+from mso_hub.verify.manifest import read_manifest
 from mso_hub.verify.opened import Opened
 from mso_hub.verify.report import alike
 
@@ -53,6 +56,17 @@ def check_scales(mine: Opened) -> tuple[int, list[str]]:
                 listed = ", ".join(f"{m} {values[m]:.6g}" for m in members if m in values)
                 problems.append(f"{key}: engines keep one {kind} scale for all members, found {listed}")
     return len(shared), problems + list(_expert_inputs(mine, inputs)) + list(_lonely([*packed, *mine.refused]))
+
+
+def scale_notes(mine: Opened) -> Iterator[str]:
+    """A sentence about where activation scales come from, where mso_hub.json says that a model ran for them."""
+    leaves = {name.rpartition(".")[2] for name in mine.runtime_scales}
+    facts = read_manifest(mine.source).get("calibration")
+    if not isinstance(facts, dict) or not leaves:
+        return
+    said = described(facts, inputs=bool(leaves & set(INPUT_SCALES)), cache=bool(leaves & {"k_scale", "v_scale"}))
+    if said:
+        yield f"activation scales, as mso_hub.json has it: {said}"
 
 
 def _expert_inputs(mine: Opened, inputs: Mapping[str, float]) -> Iterator[str]:
@@ -113,6 +127,8 @@ def _too_narrow(mine: Opened, weight: Weight) -> str:
     """A sentence where bytes hold integers that need more bits than the config says; nothing else reads them."""
     info, decoder = weight.parts.get("codes"), weight.decoder
     if info is None or info.dtype != "I8" or decoder is None or decoder.scheme in ("mxfp4", "int8"):
+        return ""
+    if decoder.layout == KTRANSFORMERS:  # two codes in a byte
         return ""
     limit = 1 << (decoder.bits - 1)
     for begin in range(info.begin, info.end, CHUNK):

@@ -19,6 +19,7 @@ from mso_hub.plan.fusion import units
 from mso_hub.plan.recipe import DEFAULT_IGNORE
 from mso_hub.plan.select import APART
 from mso_hub.verify.claims import shown
+from mso_hub.verify.kt import holds_experts_only
 from mso_hub.verify.opened import Opened
 from mso_hub.verify.parallel import EXPERTS, experts_of, setting, whole
 
@@ -52,10 +53,13 @@ def structure_problems(mine: Opened) -> Iterator[str]:
     """Sentences about what is missing, or is there and belongs to nothing.
 
     A checkpoint whose config.json has no num_hidden_layers, or that has neither an embedding nor a vocab_size, is part
-    of a model and is not judged.
+    of a model and is not judged; of experts for kt-kernel without the rest only the shapes are.
     """
     config = mine.checkpoint.config
     if whole(setting(config, "num_hidden_layers")) is None:
+        return
+    if holds_experts_only(mine):
+        yield from _shape_problems(mine)
         return
     for key in ("num_hidden_layers", *EXPERTS):
         if (whole(setting(config, key)) or 0) > LIMIT:

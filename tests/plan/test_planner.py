@@ -21,6 +21,7 @@ from mso_hub.errors import CheckpointError, PlanError, RecipeError
 from mso_hub.formats import Scheme
 from mso_hub.pipeline import convert, make_plan
 from mso_hub.plan import Plan, Recipe, Rule
+from mso_hub.plan.calibration import Calibration
 from mso_hub.sink import MemorySink
 from mso_hub.source import MemorySource
 from tests.helpers import INDEX, checkpoint_files, in_shards, random_tensor, tensors_in
@@ -455,6 +456,10 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"imported_ignore": ("*.down_proj",)}),
     ({}, {"input_scale": 1.0}),
     (IMPORTED | {"input_amax": AMAX}, {"input_amax": AMAX | {f"{L}.mlp.up_proj": 2.0}}),
+    (
+        IMPORTED | {"input_amax": AMAX, "calibration": Calibration("text", 1, 8, "0" * 64)},
+        {"calibration": Calibration("text", 1, 8, "0" * 64, headroom=4.0)},
+    ),
     ({}, {"activations": 4}),
     ({}, {"scale_search": "absmax"}),
     ({}, {"skip_layers": (1,)}),

@@ -614,4 +614,4 @@ def test_the_report_is_json(source: Path, outputs: dict[str, Path]) -> None:
     assert next(iter(content)) == "ok"
     assert content["ok"] is True
     assert len(content["errors"]) == 32
-    assert set(content["errors"][0]) == {"name", "nmse", "max_abs", "stored", "strays"}
+    assert set(content["errors"][0]) == {"name", "nmse", "max_abs", "stored", "strays", "flips"}

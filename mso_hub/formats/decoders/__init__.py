@@ -9,6 +9,7 @@
     int8        integers of a byte, and ModelOpt's two rows in a byte
     packed_int  compressed-tensors' integers in I32 words
     awq_gptq    AWQ's and GPTQ's integers in I32 words
+    kt          kt-kernel's experts, which are several tensors with names of their own
     smoothed    ModelOpt's smoothing scale on top of any of them
 
 Readers know shapes, not arithmetic: that is in `numerics`.

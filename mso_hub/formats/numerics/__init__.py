@@ -8,6 +8,7 @@
     fp8         numbers <-> E4M3 codes + scales of rows, blocks or tensors; fp8_search chooses the scales
     integer     packed 2- to 8-bit integers + scales -> numbers
     integer_encode  numbers -> integers, scales, zero points, packed; integer_search chooses the scales
+    kt          INT4 and INT8 in kt-kernel's tiles, both ways
     awq_gptq    AutoAWQ's and GPTQ's layouts -> numbers
     modelopt    ModelOpt's own NVFP4 quantizer, for comparison
     cuda        the same bytes on a GPU (Triton)
