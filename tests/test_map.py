@@ -28,7 +28,17 @@ HEAVY = {
 }
 ELSEWHERE = "mso_hub.verify.kt_program"
 """Runs in another Python, and is never imported here."""
-LAZY = {"datasets", "huggingface_hub", "hf_xet", "vllm", "ipywidgets", "transformers", "compressed_tensors", "modelopt", "ray"}
+LAZY = {
+    "datasets",
+    "huggingface_hub",
+    "hf_xet",
+    "vllm",
+    "ipywidgets",
+    "transformers",
+    "compressed_tensors",
+    "modelopt",
+    "ray",
+}
 
 
 class House:
