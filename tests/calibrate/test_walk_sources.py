@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,16 @@ def test_a_repo_without_config_is_refused(tmp_path: Path) -> None:
         Walk(open_source(folder))
 
 
-def test_code_of_a_repo_runs_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of a test's own for the code of repos; Python forgets the package of an earlier one."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_code_of_a_repo_runs_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_modules(tmp_path, monkeypatch)
     folder = strange(tmp_path / "strange", "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()")
     with pytest.raises(RecipeError, match=r"--trust_remote_code, or leave calibration out: `--input_scale NUMBER`"):
         Walk(open_source(folder))
@@ -202,7 +211,7 @@ def test_code_of_a_repo_runs_only_when_trusted(tmp_path: Path, monkeypatch: pyte
 
 
 def test_code_that_needs_a_missing_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own_modules(tmp_path, monkeypatch)
     folder = strange(tmp_path / "strange", "import a_package_that_nobody_has")
     with pytest.raises(RecipeError, match=r"needs a package that is missing: .*a_package_that_nobody_has"):
         Walk(open_source(folder), trust_remote_code=True)

@@ -22,6 +22,7 @@ from mso_hub.formats import Scheme
 from mso_hub.pipeline import convert, make_plan
 from mso_hub.plan import Plan, Recipe, Rule
 from mso_hub.plan.calibration import Calibration
+from mso_hub.plan.method import Method
 from mso_hub.sink import MemorySink
 from mso_hub.source import MemorySource
 from tests.helpers import INDEX, checkpoint_files, in_shards, random_tensor, tensors_in
@@ -460,6 +461,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
         IMPORTED | {"input_amax": AMAX, "calibration": Calibration("text", 1, 8, "0" * 64)},
         {"calibration": Calibration("text", 1, 8, "0" * 64, headroom=4.0)},
     ),
+    ({}, {"by_method": Method("gptq", "text", 1, 8, "0" * 64, "1" * 64)}),
     ({}, {"activations": 4}),
     ({}, {"scale_search": "absmax"}),
     ({}, {"skip_layers": (1,)}),
