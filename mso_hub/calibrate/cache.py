@@ -22,6 +22,7 @@ from torch import Tensor
 from mso_hub.calibrate.weights import TAGS, TORCH
 from mso_hub.checkpoint import TensorInfo, build_header, header_length, parse_header
 from mso_hub.errors import MsoError, ResumeError, SinkError
+from mso_hub.sink.local import sync_folder
 
 STATE = "state.json"
 """Names the last complete layer of a state; written last."""
@@ -166,7 +167,7 @@ class FileCache:
     def turn(self, layer: int) -> None:
         """From now on this layer's files count."""
         if self._durable and self._of(layer).is_dir():
-            _sync(self._of(layer))
+            sync_folder(self._of(layer))
         self._layer = layer
         if not self._durable:
             self.drop_before()
@@ -225,7 +226,7 @@ class State:
             out.flush()
             os.fsync(out.fileno())
         new.replace(self.folder / STATE)
-        _sync(self.folder)
+        sync_folder(self.folder)
         cache.drop_before()
 
 
@@ -269,12 +270,3 @@ def _own(tensor: Tensor) -> Tensor:
     """On the CPU, contiguous, and alone in its storage."""
     found = tensor.detach().to("cpu").contiguous()
     return found if found.untyped_storage().nbytes() == found.numel() * found.element_size() else found.clone()
-
-
-def _sync(folder: Path) -> None:
-    """Names of a folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,6 +26,7 @@ import numpy as np
 
 from mso_hub.checkpoint import Array, TensorInfo, build_header, header_length, parse_header
 from mso_hub.errors import CheckpointError, RecipeError, SinkError
+from mso_hub.sink.local import sync_folder
 
 KIND = "activation statistics of mso_hub, version 1"
 AMAX, TOKENS, KEYS, VALUES = "input_amax", "tokens", "k_amax", "v_amax"
@@ -263,11 +264,7 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise SinkError(

@@ -72,7 +72,8 @@ def _naming(path: Path, nbytes: int) -> Iterator[None]:
         raise SinkError(f"{path}: {nbytes:,} bytes could not be written: {error.strerror}; {way_out}") from error
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """The names in a folder survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -313,13 +314,13 @@ class LocalSink:
                     file.flush()
                     os.fsync(file.fileno())
             for folder in {path.parent for path in self.staging.rglob("*")}:
-                _sync_folder(folder)
+                sync_folder(folder)
             if self._fresh and self._target.exists():  # begin() made sure that it is ours or empty
                 if self._retired.exists():  # a run that ended between its renames and its clearing up
                     shutil.rmtree(self._retired)
                 self._target.rename(self._retired)
             self.staging.rename(self._target)
-            _sync_folder(self._target.parent)
+            sync_folder(self._target.parent)
             self.journal.unlink(missing_ok=True)
             if self._retired.exists():
                 shutil.rmtree(self._retired)

@@ -16,6 +16,7 @@ from mso_hub.calibrate.methods.targets import Target
 from mso_hub.checkpoint import Array, TensorInfo, build_header
 from mso_hub.errors import MsoError, ResumeError
 from mso_hub.formats.weight import NUMPY
+from mso_hub.sink.local import sync_folder
 from mso_hub.source import LocalSource
 from mso_hub.source.scan import read_shard
 
@@ -130,7 +131,7 @@ class LayerFile:
             os.fsync(done.fileno())
         _write(self._path.with_suffix(".json"), json.dumps(report).encode())
         self._new.replace(self._path)
-        _sync(self._path.parent)
+        sync_folder(self._path.parent)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -141,11 +142,3 @@ def _write(path: Path, content: bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     new.replace(path)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
